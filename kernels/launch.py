@@ -1,0 +1,167 @@
+"""One launch of one kernel as a value: run it, record it, or compile it ahead of time for a GPU that is not here.
+
+A launcher allocates its outputs, builds a `Launch` and calls `run()`. Every launch passes through here, so that
+counting launches, adding up declared traffic and compiling exactly what would run need no second description:
+
+    with record() as launches:
+        shrink(torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta"), a)     # nothing runs on meta
+    launches[0].compile(90).asm["ptx"]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+__all__ = ["INTERPRETING", "Launch", "Tile", "arch_of", "cdiv", "record", "targeting"]
+
+# Decorators read the same variable when kernels are defined, so it cannot change later.
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+_recorders: ContextVar[tuple[list[Launch], ...]] = ContextVar("recorders", default=())
+_assumed_arch: ContextVar[int | None] = ContextVar("assumed_arch", default=None)
+
+_SCALAR_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.uint8: "u8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+def cdiv(x: int, y: int) -> int:
+    """⌈x / y⌉ for non-negative integers."""
+    return -(-x // y)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The compile-time side of a launch: block sizes, warps, pipeline stages.
+
+    A kernel reads the fields it has an axis for; `block_r` covers the rank (at least 16, the smallest inner
+    dimension of a tensor-core product).
+    """
+
+    block_m: int = 64
+    block_n: int = 64
+    block_k: int = 64
+    block_r: int = 16
+    num_warps: int = 4
+    num_stages: int = 3
+    use_tma: bool = False
+
+
+@dataclass
+class Launch:
+    """A kernel, its grid and its arguments by name; FLOPs and bytes as the algorithm needs them, no re-reads."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    tile: Tile
+    bytes_read: int = 0
+    bytes_written: int = 0
+    flops: int = 0
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name = self.kernel.fn.__name__.removeprefix("_").removesuffix("_kernel")
+
+    def run(self) -> None:
+        """Launch on the device of the tensors; on the meta device only record."""
+        for log in _recorders.get():
+            log.append(self)
+        device = next(v.device for v in self.args.values() if isinstance(v, Tensor))
+        if device.type == "meta":
+            return
+        guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with guard:
+            self.kernel[self.grid](**self.args, num_warps=self.tile.num_warps, num_stages=self.tile.num_stages)
+
+    def compile(self, arch: int) -> Any:
+        """The compiled kernel for compute capability `arch` (80, 90, 100 …); needs neither GPU nor driver."""
+        if INTERPRETING:
+            raise RuntimeError("kernels were defined for the interpreter; unset TRITON_INTERPRET to compile them")
+        signature, constants, attributes = {}, {}, {}
+        for position, param in enumerate(self.kernel.params):
+            value = self.args[param.name]
+            if param.is_constexpr or value is None:
+                kind = "constexpr"
+            else:
+                kind = _signature_of(value, param.do_not_specialize)
+            if kind == "constexpr":
+                constants[(position,)] = value
+            elif kind[0] == "*" or (isinstance(value, int) and not param.do_not_specialize and value % 16 == 0):
+                attributes[(position,)] = [["tt.divisibility", 16]]
+            signature[param.name] = kind
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _signature_of(value: Any, do_not_specialize: bool) -> str:
+    """Triton's name for the type of an argument, specialised the way its own launcher does it."""
+    if isinstance(value, Tensor):
+        return "*" + _SCALAR_TYPES[value.dtype]
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        if value == 1 and not do_not_specialize:
+            return "constexpr"
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    if isinstance(value, float):
+        return "fp32"
+    if hasattr(value, "block_shape"):
+        return f"tensordesc<{_SCALAR_TYPES[value.base.dtype]}{list(value.block_shape)}>"
+    raise TypeError(f"no kernel argument type for {type(value).__name__}")
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Collect every launch made inside, in order. Launches still run, except on the meta device."""
+    log: list[Launch] = []
+    token = _recorders.set((*_recorders.get(), log))
+    try:
+        yield log
+    finally:
+        _recorders.reset(token)
+
+
+@contextlib.contextmanager
+def targeting(arch: int) -> Iterator[None]:
+    """Choose tiles for this compute capability on tensors that are on no GPU (meta, CPU)."""
+    token = _assumed_arch.set(arch)
+    try:
+        yield
+    finally:
+        _assumed_arch.reset(token)
+
+
+@cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def arch_of(x: Tensor) -> int:
+    """Compute capability of the device x is on: 80, 86, 90 …; 0 where there is none (the interpreter)."""
+    if x.device.type == "cuda":
+        return _capability(x.device.index)
+    return _assumed_arch.get() or 0
+
+
