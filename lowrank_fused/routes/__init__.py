@@ -1,0 +1,106 @@
+"""Which implementation serves a call: a pure function of shape, dtype and target.
+
+| route       | what                                                                        |
+|-------------|-----------------------------------------------------------------------------|
+| `reference` | the formula in plain PyTorch, any dtype                                      |
+| `addmm`     | library GEMMs, the low-rank term added in place; CPU default, floor on a GPU  |
+| `thin`      | Triton thin kernels around one library GEMM that adds into their output       |
+| `split`     | thin kernels and Triton GEMMs that carry the low-rank term in the accumulator |
+
+Nothing is tuned at run time. `choose` compares closed forms of the memory traffic of each route, with a prior for the
+one number that decides between `thin` and `split`: e, the speed of Triton's GEMM over the library's.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from ..target import Target, interpreting, target_of
+
+__all__ = ["ROUTES", "choose", "implementation", "unavailable"]
+
+ROUTES = ("reference", "addmm", "thin", "split")
+
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Above this rank the thin kernels read x once per rank block, and library GEMMs are at full speed anyway.
+_MAX_THIN_RANK = 128
+
+# (peak bf16 FLOP/s) / (memory byte/s), and e: priors from data sheets and published figures, not measurements.
+_BALANCE = {80: 149, 86: 90, 89: 172, 90: 263, 100: 214, 120: 117}
+_GEMM_EFFICIENCY = {80: 0.90, 86: 0.90, 89: 0.90, 90: 0.96, 100: 0.85, 120: 0.85}
+
+
+def choose(
+    direction: Literal["forward", "backward"],
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    dropout: bool,
+    target: Target,
+) -> str:
+    """The route expected fastest for x [m, k], W [n, k], rank r.
+
+    Costs are extra time over the frozen GEMM, relative to it: one pass over an [m, n] tensor of 16-bit values costs
+    ρ/k, over [m, k] ρ/n, with ρ the balance of the GPU in FLOP per byte.
+    """
+    if not target.has_triton or dtype not in (torch.bfloat16, torch.float16) or r > _MAX_THIN_RANK or m == 0:
+        return "addmm"
+    rho = _nearest(_BALANCE, target.arch)
+    over_n, over_k = rho / n, rho / k
+    slower_gemm = 1 / _nearest(_GEMM_EFFICIENCY, target.arch) - 1
+    if direction == "forward":
+        cost = {"split": over_n + slower_gemm, "thin": over_k + over_n, "addmm": 2 * over_k + over_n}
+        cost["addmm"] += 2.5 * over_n * dropout
+    else:
+        cost = {
+            "split": over_k + over_n + slower_gemm,
+            "thin": over_k + 2 * over_n,
+            "addmm": 2 * over_k + 4 * over_n,
+        }
+        cost["addmm"] += 2.5 * over_n * dropout
+    return min(cost, key=lambda route: cost[route])
+
+
+def _nearest(table: dict[int, float], arch: int) -> float:
+    """The entry of the newest architecture that is not newer than this one."""
+    return table[max((known for known in table if known <= arch), default=min(table))]
+
+
+def unavailable(route: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this route cannot serve such a call, or None when it can."""
+    if route not in ROUTES:
+        return f"unknown route {route!r}; choose auto or one of {', '.join(ROUTES)}"
+    if route in ("reference", "addmm"):
+        return None
+    if dtype not in _KERNEL_DTYPES:
+        return f"kernels take bfloat16, float16 and float32, not {dtype}"
+    if device.type == "cpu":
+        return None if interpreting() else "Triton kernels need a CUDA device; this tensor is on the CPU"
+    if device.type == "cuda" and target_of(device).has_triton:
+        return None
+    return f"no Triton kernels for {device.type}: they need Triton and an NVIDIA GPU of compute capability 8.0 or newer"
+
+
+def implementation(route: str, like: Tensor) -> ModuleType:
+    """The module with forward() and backward() of a route; kernels are imported on first use."""
+    if reason := unavailable(route, like.device, like.dtype):
+        raise UnsupportedError(f"route {route!r} cannot run: {reason}")
+    if route == "reference":
+        from . import reference
+
+        return reference
+    if route == "addmm" or like.shape[0] == 0:
+        from . import addmm
+
+        return addmm
+    from . import fused
+
+    return fused.SPLIT if route == "split" else fused.THIN

@@ -1,0 +1,56 @@
+"""What passes between the autograd Function, the ops and the routes, besides the operands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Grads", "Options", "Saved"]
+
+
+class Options(NamedTuple):
+    """The non-tensor side of a call. `wants_*` say which gradients are asked for."""
+
+    scale: float
+    core_kind: str
+    dropout_p: float
+    wants_x: bool
+    wants_a: bool
+    wants_b: bool
+    wants_core: bool
+    wants_bias: bool
+
+    @property
+    def keeps_x(self) -> bool:
+        """x is needed again only for dA."""
+        return self.wants_a
+
+    @property
+    def keeps_s(self) -> bool:
+        """s is needed again for dB and the core's gradient."""
+        return self.wants_b or self.wants_core
+
+    @property
+    def keeps_mask(self) -> bool:
+        """Bits are needed again for dA and dx."""
+        return self.wants_a or self.wants_x
+
+
+class Saved(NamedTuple):
+    """What a forward pass computed and its backward needs: s [M, Ra] and the packed mask [M, ⌈K / 8⌉]."""
+
+    s: Tensor | None
+    mask: Tensor | None
+
+
+@dataclass
+class Grads:
+    """Gradients of one backward pass; None where not asked for."""
+
+    x: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    core: Tensor | None = None
+    bias: Tensor | None = None
