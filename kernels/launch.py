@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-__all__ = ["INTERPRETING", "Launch", "Tile", "arch_of", "cdiv", "record", "targeting"]
+__all__ = ["INTERPRETING", "Launch", "Tile", "arch_of", "cdiv", "record", "sm_count", "targeting"]
 
 # Decorators read the same variable when kernels are defined, so it cannot change later.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -42,6 +42,10 @@ _SCALAR_TYPES = {
     torch.int64: "i64",
     torch.bool: "i1",
 }
+
+
+# Multiprocessors assumed where the GPU is not here: A100, A10, RTX 4090, H100, B200, RTX 5090.
+_SM_COUNTS = {80: 108, 86: 72, 89: 128, 90: 132, 100: 148, 120: 170}
 
 
 def cdiv(x: int, y: int) -> int:
@@ -86,7 +90,7 @@ class Launch:
         """Launch on the device of the tensors; on the meta device only record."""
         for log in _recorders.get():
             log.append(self)
-        device = next(v.device for v in self.args.values() if isinstance(v, Tensor))
+        device = next(t.device for t in map(_tensor_of, self.args.values()) if t is not None)
         if device.type == "meta":
             return
         guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -112,6 +116,12 @@ class Launch:
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _tensor_of(value: Any) -> Tensor | None:
+    """The tensor that an argument is, or that it describes."""
+    base = getattr(value, "base", value)
+    return base if isinstance(base, Tensor) else None
 
 
 def _signature_of(value: Any, do_not_specialize: bool) -> str:
@@ -158,6 +168,11 @@ def _capability(index: int) -> int:
     return 10 * major + minor
 
 
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 def arch_of(x: Tensor) -> int:
     """Compute capability of the device x is on: 80, 86, 90 …; 0 where there is none (the interpreter)."""
     if x.device.type == "cuda":
@@ -165,3 +180,8 @@ def arch_of(x: Tensor) -> int:
     return _assumed_arch.get() or 0
 
 
+def sm_count(x: Tensor) -> int:
+    """Multiprocessors of the device x is on, or those that a GPU of the assumed capability usually has."""
+    if x.device.type == "cuda":
+        return _multiprocessors(x.device.index)
+    return _SM_COUNTS.get(arch_of(x), 1)

@@ -25,7 +25,7 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def grouped_order(pid, num_pid_m, num_pid_n, GROUP_M: tl.constexpr):
+def grouped_order(pid, num_pid_m, num_pid_n, GROUP_M: tl.constexpr = 8):
     """Tile coordinates in an order that keeps GROUP_M row blocks together, so that W is read from L2."""
     num_pid_in_group = GROUP_M * num_pid_n
     group = pid // num_pid_in_group
@@ -34,3 +34,19 @@ def grouped_order(pid, num_pid_m, num_pid_n, GROUP_M: tl.constexpr):
     pid_m = first_m + (pid % num_pid_in_group) % group_rows
     pid_n = (pid % num_pid_in_group) // group_rows
     return pid_m, pid_n
+
+
+@triton.jit
+def reduce_slice(parts_ptr, out_ptr, count, size, pid, programs, BLOCK: tl.constexpr):
+    """out[i] = Σ_c parts[c, i], c ascending, for the blocks of i that are program `pid`'s of `programs`.
+
+    parts fp32 [count, size]; out takes the cast. Nobody else writes these blocks, so no second stage and no atomics.
+    """
+    for start in range(pid * BLOCK, size, programs * BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        part_ptrs = parts_ptr + offs
+        acc = tl.zeros((BLOCK,), tl.float32)
+        for _ in tl.range(0, count, loop_unroll_factor=4):
+            acc += tl.load(part_ptrs, mask=offs < size, other=0.0)
+            part_ptrs += size
+        tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < size)

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+from .checkpoint import load_adapter, save_adapter
+from .config import AdapterConfig
+from .errors import CheckpointError, LowRankFusedError, SingularPivotError, UnsupportedError
+from .inject import disable, inject, merge, remove, unmerge
+from .layers import LowRankLinear
 from .linear import lowrank_linear, lowrank_linear_ref
+from .parameters import trainable_parameters
 from .terms import Gate, Terms
 
 __version__ = "0.1.0"
 
-__all__ = ["Gate", "Terms", "lowrank_linear", "lowrank_linear_ref"]
+__all__ = [
+    "AdapterConfig",
+    "CheckpointError",
+    "Gate",
+    "LowRankFusedError",
+    "LowRankLinear",
+    "SingularPivotError",
+    "Terms",
+    "UnsupportedError",
+    "disable",
+    "inject",
+    "load_adapter",
+    "lowrank_linear",
+    "lowrank_linear_ref",
+    "merge",
+    "remove",
+    "save_adapter",
+    "trainable_parameters",
+    "unmerge",
+]

@@ -176,7 +176,7 @@ def lowrank_linear(
     if out is not None:
         b = b * out.to(b.dtype)[:, None]
     inner_bias = None if bias is None or col is not None else bias.to(x.dtype)
-    options = Options(float(scale), kind, float(dropout_p), *_wanted(x, a, b, core_tensor, inner_bias))
+    options = Options(scale, kind, dropout_p, *_wanted(x, a, b, core_tensor, inner_bias))
     if dropout_p and seed is None:
         seed = draw_seed(x.device)
     routes = routes_for(x, weight, a, dropout_p, route)
@@ -190,7 +190,9 @@ def lowrank_linear(
     return y
 
 
-def routes_for(x: Tensor, weight: Tensor, a: Tensor, dropout_p: float, route: str = "auto") -> tuple[str, str]:
+def routes_for(
+    x: Tensor, weight: Tensor, a: Tensor, dropout_p: float, route: str = "auto"
+) -> tuple[str, str]:
     """The routes that serve forward and backward of such a call; a named route serves both or raises."""
     if route != "auto":
         if reason := unavailable(route, x.device, x.dtype):
@@ -238,7 +240,9 @@ def _check(
         raise ValueError(f"the rank must be at least 1, got a {list(a.shape)} and b {list(b.shape)}")
     expected = {"none": None, "diag": [ra], "dense": [rb, ra], "gate": None}[kind]
     if kind in ("none", "diag") and ra != rb:
-        raise ValueError(f"a has rank {ra} but b has rank {rb}; only a dense core or a gate may change the rank")
+        raise ValueError(
+            f"a has rank {ra} but b has rank {rb}; only a dense core or a gate may change the rank"
+        )
     if expected is not None and list(core.shape) != expected:
         raise ValueError(f"a {kind} core must be {expected}, got {list(core.shape)}")
     if kind == "gate" and (core.numel() != x.numel() // k * core.shape[1] or core.shape[1] * ra != rb):
@@ -252,7 +256,9 @@ def _check(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if weight.requires_grad:
-        raise ValueError("weight must be frozen: call weight.requires_grad_(False); only the low-rank term trains")
+        raise ValueError(
+            "weight must be frozen: call weight.requires_grad_(False); only the low-rank term trains"
+        )
     for name, tensor in (("weight", weight), ("a", a), ("b", b), ("core", core), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; move them to one device")

@@ -2,9 +2,40 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _why_kernels_cannot_run() -> str | None:
+    """The reason why kernels run neither on a GPU nor in the interpreter here."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "Triton is not installed"
+    if torch.cuda.is_available():
+        return None
+
+    def version(name: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in importlib.metadata.version(name).split(".")[:2])
+
+    if version("triton") < (3, 7) and version("numpy") >= (2, 4):
+        return f"the interpreter of triton {triton} cannot run loops of variable length with numpy 2.4 or newer"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _why_kernels_cannot_run()
+    if reason:
+        for item in items:
+            if item.get_closest_marker("triton"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

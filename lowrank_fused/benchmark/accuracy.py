@@ -1,4 +1,4 @@
-"""The gate before every number: y and all gradients against float64, by the rule of `lowrank_fused.testing`."""
+"""The gate before every number: y and all gradients against float64, by `lowrank_fused.testing`'s rule."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SEED = 20_240_607
 def check(provider: Provider, case: Case, operands: Operands | None = None) -> None:
     """Raise AssertionError unless y, dx, dA and dB of this provider are as accurate as PyTorch's own.
 
-    The reference sees the mask that the provider drew, found by `recovered_mask`. The frozen linear has nothing to
-    prove and passes.
+    The reference sees the mask that the provider drew, found by `recovered_mask`. The frozen linear has
+    nothing to prove and passes.
     """
     if not provider.has_adapter:
         return
@@ -41,9 +41,11 @@ def check(provider: Provider, case: Case, operands: Operands | None = None) -> N
 
 
 def recovered_mask(provider: Provider, o: Operands, dropout_p: float) -> Tensor:
-    """The boolean mask that a provider draws from SEED, read off a gradient: no knowledge of its generator needed.
+    """The boolean mask that a provider draws from SEED, read off a gradient: no knowledge of its generator
+    needed.
 
-    With W = 0, A = 1, B = 1/N and dy = 1 the input gradient is scale · R / (1-p) where an element was kept, else 0.
+    With W = 0, A = 1, B = 1/N and dy = 1 the input gradient is scale · R / (1-p) where an element was kept,
+    else 0.
     """
     probe = Operands(
         x=torch.ones_like(o.x).requires_grad_(),

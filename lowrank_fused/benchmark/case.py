@@ -70,7 +70,7 @@ class Case:
 
 @dataclass
 class Operands:
-    """x [M, K], weight [N, K], a [R, K], b [N, R], bias [N] or None, dy [M, N]; x, a and b are leaves that train."""
+    """x [M, K], weight [N, K], a [R, K], b [N, R], bias [N] or None, dy [M, N]; x, a and b are leaves."""
 
     x: Tensor
     weight: Tensor
@@ -84,12 +84,12 @@ class Operands:
     def random(cls, case: Case, adapter_dtype: torch.dtype | None = None, seed: int = 0) -> Operands:
         """Normal operands of the sizes that a network in training shows: x, y and the low-rank term near 1.
 
-        Drawn on the CPU in fp32 and rounded, so that every device and dtype gets the same values.
+        Drawn in fp32 on the case's device and rounded, so that every dtype starts from the same values.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(case.device).manual_seed(seed)
 
         def normal(*shape: int, std: float, dtype: torch.dtype = case.dtype) -> Tensor:
-            return (torch.randn(shape, generator=generator) * std).to(case.device, dtype)
+            return torch.randn(shape, generator=generator, device=case.device).mul_(std).to(dtype)
 
         adapter = adapter_dtype or case.dtype
         m, k, n, r = case.tokens, case.in_features, case.out_features, case.rank

@@ -15,14 +15,16 @@ def kept_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor] = ()) ->
     """Bytes of all distinct storages that `forward` saves for backward, those of `parameters` left out.
 
     A tensor that several layers save, or of which several views are saved, is in memory once and counts once.
+    Works on the meta device too.
     """
-    exempt = {p.untyped_storage().data_ptr() for p in parameters}
+    # The address of the storage itself: that of its data is 0 for every tensor on the meta device.
+    exempt = {p.untyped_storage()._cdata for p in parameters}
     kept: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is used twice
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in exempt:
-            kept[storage.data_ptr()] = storage
+        if storage._cdata not in exempt:
+            kept[storage._cdata] = storage
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

@@ -1,11 +1,12 @@
 """Who is measured: the frozen linear alone, PEFT's arithmetic, torch.compile of it, and our routes.
 
-PEFT's arithmetic is written out here, so that the benchmark needs PEFT neither installed nor in a given version:
+PEFT's arithmetic is written out here, so that the benchmark needs PEFT neither installed nor in a given
+version:
 
     y = x Wᵀ + bias;   y = y + (drop(x.to(A.dtype)) Aᵀ) Bᵀ · scale;   y.to(dtype of x Wᵀ)
 
-As shipped, PEFT keeps A and B in fp32 beside a 16-bit base and trains under autocast; `-fp32` names those variants,
-of PEFT's arithmetic as of ours.
+As shipped, PEFT keeps A and B in fp32 beside a 16-bit base and trains under autocast; `-fp32` names those
+variants, of PEFT's arithmetic as of ours.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import UnsupportedError
-from ..linear import lowrank_linear
-from ..target import ROUTES, unavailable_routes
+from ..linear import lowrank_linear, routes_for
+from ..routes import ROUTES, unavailable
 from .case import Case, Operands
 
-__all__ = ["PROVIDERS", "Forward", "Provider", "default_names", "providers_for"]
+__all__ = ["FP32", "PROVIDERS", "Forward", "Provider", "default_names", "providers_for"]
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, "Tensor | None", float, float], Tensor]
 FP32 = "-fp32"
@@ -33,7 +34,8 @@ PROVIDERS = ("frozen", "eager", "compile", "auto", *ROUTES)
 class Provider:
     """A way to compute the layer: forward(x, weight, a, b, bias, scale, dropout_p) -> y.
 
-    `adapter_dtype` is None where A and B share x's dtype; otherwise the layer runs under autocast, as PEFT's does.
+    `adapter_dtype` is None where A and B share x's dtype; otherwise the layer runs under autocast, as PEFT's
+    does.
     """
 
     name: str
@@ -53,6 +55,12 @@ class Provider:
         mixed = o.a.dtype != o.x.dtype
         with torch.autocast(o.x.device.type, dtype=o.x.dtype if mixed else torch.bfloat16, enabled=mixed):
             return self.forward(o.x, o.weight, o.a, o.b, o.bias, o.scale, dropout_p)
+
+    def chosen_routes(self, o: Operands, dropout_p: float) -> str | None:
+        """What "auto" stands for here, forward / backward; None for every other provider."""
+        if self.name.removesuffix(FP32) != "auto":
+            return None
+        return " / ".join(routes_for(o.x, o.weight, o.a, dropout_p))
 
     def leaves(self, o: Operands) -> tuple[Tensor, ...]:
         """The tensors whose gradients this provider makes."""
@@ -90,15 +98,19 @@ def routed(route: str) -> Forward:
 
 def default_names(case: Case, *, with_compile: bool = False) -> list[str]:
     """Every provider that can run this case here; the fp32-adapter pair only beside a 16-bit base."""
-    missing = unavailable_routes(case.device)
-    names = ["frozen", "eager", *(["compile"] if with_compile else []), *(r for r in ROUTES if r not in missing)]
+    # Triton's interpreter can serve the kernels' routes on a CPU, but its speed says nothing.
+    routes = ROUTES if case.device.type == "cuda" else ("reference", "addmm")
+    able = [route for route in routes if unavailable(route, case.device, case.dtype) is None]
+    chosen = ["auto"] if case.device.type == "cuda" else []  # on a CPU it is addmm, already there
+    names = ["frozen", "eager", *(["compile"] if with_compile else []), *able, *chosen]
     return names if case.dtype == torch.float32 else [*names, "eager" + FP32, "auto" + FP32]
 
 
 def providers_for(names: Iterable[str], case: Case) -> list[Provider]:
     """Providers by name, each name once; `-fp32` appended to a name keeps its adapters in fp32.
 
-    Raises ValueError for an unknown name and UnsupportedError for a route that cannot run on the case's device.
+    Raises ValueError for an unknown name and UnsupportedError for a route that cannot run on the case's
+    device.
     """
     return [_provider(name, case) for name in dict.fromkeys(names)]
 
@@ -108,8 +120,7 @@ def _provider(name: str, case: Case) -> Provider:
     if base not in PROVIDERS or name == "frozen" + FP32:
         known = ", ".join(PROVIDERS)
         raise ValueError(f"provider must be one of {known} ({FP32} may follow all but frozen), got {name!r}")
-    reason = unavailable_routes(case.device).get(base)
-    if reason is not None:
+    if base in ROUTES and (reason := unavailable(base, case.device, case.dtype)):
         raise UnsupportedError(f"route {base!r} cannot run here: {reason}")
     if base == "compile":
         # One cache of compiled code for all cases would stop compiling at dynamo's limit of recompilations.

@@ -24,7 +24,7 @@ SLEEP_CYCLES_PER_MS = 2_000_000  # a GPU below 2 GHz sleeps a little longer, whi
 
 @dataclass
 class Step:
-    """What is timed: `run` on what the untimed `prepare` made (the forward pass, when a backward is timed)."""
+    """What is timed: `run` on what the untimed `prepare` made (the forward pass of a backward, say)."""
 
     run: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
@@ -66,8 +66,9 @@ def cpu_clock(step: Step) -> float:
 class CudaClock:
     """Device time between two CUDA events.
 
-    Before the first event the L2 cache is overwritten (unless `flush_l2` is False), then the GPU sleeps for as long
-    as the host took to enqueue the step the last time: launch latency is hidden, as it is in a busy training loop.
+    Before the first event the L2 cache is overwritten (unless `flush_l2` is False), then the GPU sleeps for
+    as long as the host took to enqueue the step the last time: launch latency is hidden, as it is in a busy
+    training loop.
     """
 
     def __init__(self, device: torch.device, flush_l2: bool = True) -> None:
@@ -109,10 +110,11 @@ def interleave(
     max_rounds: int = 100,
     on_round: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of every step in every round; as many rounds as fit into the budget, within the two limits.
+    """Milliseconds of every step in every round; as many rounds as fit into the budget, within the two
+    limits.
 
-    The order rotates from round to round, so that nobody always follows the same neighbour. `on_round(done, rounds)`
-    is for a progress bar.
+    The order rotates from round to round, so that nobody always follows the same neighbour. `on_round(done,
+    rounds)` is for a progress bar.
     """
     names = list(steps)
     with _no_collection():

@@ -23,6 +23,11 @@ class Options(NamedTuple):
     wants_bias: bool
 
     @property
+    def keep_scale(self) -> float:
+        """What an element that dropout keeps is multiplied by."""
+        return 1.0 / (1.0 - self.dropout_p)
+
+    @property
     def keeps_x(self) -> bool:
         """x is needed again only for dA."""
         return self.wants_a

@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest bench`, `python -m bench.cpu`, `python -m bench.gpu_check`."""

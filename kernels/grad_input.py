@@ -1,0 +1,140 @@
+"""dx = dy W + keep ∘ (ds A) / (1 − p) with the low-rank term in the accumulator: dx is written once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gemm import (
+    Access,
+    access_of,
+    choose_gemm_tile,
+    descriptor,
+    descriptor_product,
+    drop,
+    low_rank_product,
+    pointer_product,
+    rank_multiple,
+)
+from .launch import Launch, Tile, arch_of, cdiv, sm_count
+from .tile import grouped_order
+
+__all__ = ["choose_tile", "grad_input"]
+
+
+@triton.jit(do_not_specialize=["M"])
+def _grad_input_kernel(
+    dy_ptr, w_ptr, ds_ptr, a_ptr, mask_ptr, dx_ptr,
+    M, N, K, R,
+    keep_scale,
+    stride_dym, stride_dyn,
+    stride_wn, stride_wk,
+    RANK_MULTIPLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One tile of dx [M, K] = dy [M, N] W [N, K] + keep ∘ (ds [M, R] A [R, K]) · keep_scale; keep is packed bits.
+
+    A masked low-rank product starts the accumulator, where the mask can still be applied to it alone.
+    """
+    R = R // RANK_MULTIPLE * RANK_MULTIPLE  # changes no value, but tells the compiler what divides it
+    pid_m, pid_k = grouped_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K))
+    rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = pid_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    if mask_ptr is not None:
+        acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, K, 1, BLOCK_R)
+        acc = drop(acc, mask_ptr, rows, pid_k, M, K, keep_scale, BLOCK_M, BLOCK_K)
+    acc = pointer_product(
+        acc, dy_ptr, w_ptr, rows, cols, M, K, N, stride_dym, stride_dyn, stride_wn, stride_wk, BLOCK_N
+    )
+    if ds_ptr is not None and mask_ptr is None:
+        acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, K, 1, BLOCK_R)
+    dx_ptrs = dx_ptr + rows[:, None] * K + cols[None, :]
+    tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (cols[None, :] < K))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _grad_input_tma_kernel(
+    dy_desc, w_desc, ds_ptr, a_ptr, mask_ptr, dx_desc,
+    M, N, K, R,
+    keep_scale,
+    W_ALONG_N: tl.constexpr, RANK_MULTIPLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The same through descriptors of dy, W and dx, with as many programs as there are SMs taking tiles in turn."""
+    R = R // RANK_MULTIPLE * RANK_MULTIPLE
+    num_pid_m, num_pid_k = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K)
+    for tile in range(tl.program_id(0), num_pid_m * num_pid_k, tl.num_programs(0)):
+        pid_m, pid_k = grouped_order(tile, num_pid_m, num_pid_k)
+        row, col = pid_m * BLOCK_M, pid_k * BLOCK_K
+        rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
+        cols = col.to(tl.int64) + tl.arange(0, BLOCK_K)
+        acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        if mask_ptr is not None:
+            acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, K, 1, BLOCK_R)
+            acc = drop(acc, mask_ptr, rows, pid_k, M, K, keep_scale, BLOCK_M, BLOCK_K)
+        acc = descriptor_product(acc, dy_desc, w_desc, row, col, N, W_ALONG_N, BLOCK_N)
+        if ds_ptr is not None and mask_ptr is None:
+            acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, K, 1, BLOCK_R)
+        dx_desc.store([row, col], acc.to(dx_desc.dtype))
+
+
+def choose_tile(
+    M: int, N: int, K: int, R: int, dtype: torch.dtype, access: Access, arch: int, sms: int, masked: bool = False
+) -> Tile:
+    """Block sizes for dx [M, K] on a GPU with `sms` multiprocessors of capability `arch`."""
+    tile = choose_gemm_tile(M, K, R, dtype, access, arch, sms, masked)
+    return replace(tile, block_n=tile.block_k, block_k=tile.block_n)
+
+
+def grad_input(
+    dy: Tensor,
+    w: Tensor,
+    ds: Tensor | None = None,
+    a: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    tile: Tile | None = None,
+) -> Tensor:
+    """dx = dy W + keep ∘ (ds A) / (1 − p), [M, K] in dy's dtype, accumulated in fp32 and rounded once.
+
+    dy [M, N] and w [N, K] share a dtype and may have any strides: a `Conv1D` weight [K, N] is passed as its
+    transpose. ds [M, R] has dy's dtype, a [R, K] may be fp32 beside it; without them dx = dy W. mask uint8
+    [M, ⌈K / 8⌉] holds the bits of the forward's dropout, bit j of byte i for column 8i + j; without it every
+    element is kept and dropout_p must be 0. Reads dy, w, ds, a, mask once, writes dx once; 2MK(N + R) FLOP.
+    """
+    (M, N), K, R = dy.shape, w.shape[1], 0 if ds is None else ds.shape[1]
+    dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
+    if dx.numel() == 0:
+        return dx
+    if tile is None:
+        arch = arch_of(dy)
+        access = access_of(dy, w, dx, arch=arch)
+        tile = choose_tile(M, N, K, R, dy.dtype, access, arch, sm_count(dy), mask is not None)
+    tiles = cdiv(M, tile.block_m) * cdiv(K, tile.block_k)
+    args = dict(ds_ptr=ds, a_ptr=a, mask_ptr=mask, M=M, N=N, K=K, R=R, keep_scale=1 / (1 - dropout_p))
+    if ds is not None and a is not None:
+        args |= dict(ds_ptr=ds.contiguous(), a_ptr=a.contiguous())
+    args |= dict(BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r)
+    args |= dict(RANK_MULTIPLE=rank_multiple(R))
+    if tile.use_tma:
+        kernel, grid = _grad_input_tma_kernel, min(tiles, sm_count(dy))
+        args |= dict(
+            dy_desc=descriptor(dy, tile.block_m, tile.block_n),
+            w_desc=descriptor(w, tile.block_n, tile.block_k),
+            dx_desc=descriptor(dx, tile.block_m, tile.block_k),
+            W_ALONG_N=w.stride(1) != 1,
+        )
+    else:
+        kernel, grid = _grad_input_kernel, tiles
+        args |= dict(dy_ptr=dy, w_ptr=w, dx_ptr=dx, stride_dym=dy.stride(0), stride_dyn=dy.stride(1))
+        args |= dict(stride_wn=w.stride(0), stride_wk=w.stride(1))
+    bits = 0 if mask is None else mask.nbytes
+    read = dy.nbytes + w.nbytes + (0 if ds is None or a is None else ds.nbytes + a.nbytes) + bits
+    Launch(kernel, (grid,), args, tile, read, dx.nbytes, 2 * M * K * (N + R)).run()
+    return dx

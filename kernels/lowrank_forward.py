@@ -1,0 +1,116 @@
+"""y = x Wᵀ + v Bᵀ + bias with the low-rank term in the accumulator of the big product: y is written once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gemm import (
+    Access,
+    access_of,
+    choose_gemm_tile,
+    descriptor,
+    descriptor_product,
+    low_rank_product,
+    pointer_product,
+    rank_multiple,
+)
+from .launch import Launch, Tile, arch_of, cdiv, sm_count
+from .tile import grouped_order
+
+__all__ = ["choose_tile", "lowrank_forward"]
+
+
+@triton.jit(do_not_specialize=["M"])
+def _lowrank_forward_kernel(
+    x_ptr, w_ptr, v_ptr, b_ptr, bias_ptr, y_ptr,
+    M, N, K, R,
+    stride_xm, stride_xk,
+    stride_wn, stride_wk,
+    RANK_MULTIPLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One tile of y [M, N] = x [M, K] Wᵀ [K, N] + v [M, R] Bᵀ [R, N] + bias [N]; x and W have any strides."""
+    R = R // RANK_MULTIPLE * RANK_MULTIPLE  # changes no value, but tells the compiler what divides it
+    pid_m, pid_n = grouped_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N))
+    rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = pointer_product(
+        acc, x_ptr, w_ptr, rows, cols, M, N, K, stride_xm, stride_xk, stride_wk, stride_wn, BLOCK_K
+    )
+    acc = low_rank_product(acc, v_ptr, b_ptr, rows, cols, M, N, R, 1, R, BLOCK_R)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + rows[:, None] * N + cols[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (cols[None, :] < N))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _lowrank_forward_tma_kernel(
+    x_desc, w_desc, v_ptr, b_ptr, bias_ptr, y_desc,
+    M, N, K, R,
+    W_ALONG_K: tl.constexpr, RANK_MULTIPLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The same through descriptors of x, W and y, with as many programs as there are SMs taking tiles in turn.
+
+    The low-rank product comes after the main loop: before it, or pipelined with it, its blocks would need shared
+    memory next to those of x and W.
+    """
+    R = R // RANK_MULTIPLE * RANK_MULTIPLE
+    num_pid_m, num_pid_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in range(tl.program_id(0), num_pid_m * num_pid_n, tl.num_programs(0)):
+        pid_m, pid_n = grouped_order(tile, num_pid_m, num_pid_n)
+        row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
+        rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
+        cols = col.to(tl.int64) + tl.arange(0, BLOCK_N)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc = descriptor_product(acc, x_desc, w_desc, row, col, K, W_ALONG_K, BLOCK_K)
+        acc = low_rank_product(acc, v_ptr, b_ptr, rows, cols, M, N, R, 1, R, BLOCK_R)
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        y_desc.store([row, col], acc.to(y_desc.dtype))
+
+
+def choose_tile(M: int, N: int, K: int, R: int, dtype: torch.dtype, access: Access, arch: int, sms: int) -> Tile:
+    """Block sizes for y [M, N] on a GPU with `sms` multiprocessors of capability `arch`."""
+    return choose_gemm_tile(M, N, R, dtype, access, arch, sms)
+
+
+def lowrank_forward(
+    x: Tensor, w: Tensor, v: Tensor, b: Tensor, *, bias: Tensor | None = None, tile: Tile | None = None
+) -> Tensor:
+    """y = x Wᵀ + v Bᵀ + bias, [M, N] in x's dtype, accumulated in fp32 and rounded once.
+
+    x [M, K] and w [N, K] share a dtype and may have any strides: a `Conv1D` weight [K, N] is passed as its
+    transpose. v [M, R] has x's dtype; b [N, R] and bias [N] may be fp32 beside 16-bit x. Reads x, w, v, b once,
+    writes y once; 2MN(K + R) FLOP.
+    """
+    (M, K), N, R = x.shape, w.shape[0], v.shape[1]
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    if tile is None:
+        arch = arch_of(x)
+        tile = choose_tile(M, N, K, R, x.dtype, access_of(x, w, y, arch=arch), arch, sm_count(x))
+    tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
+    thin = dict(v_ptr=v.contiguous(), b_ptr=b.contiguous(), bias_ptr=bias, M=M, N=N, K=K, R=R)
+    thin |= dict(RANK_MULTIPLE=rank_multiple(R))
+    blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r)
+    if tile.use_tma:
+        kernel, grid = _lowrank_forward_tma_kernel, min(tiles, sm_count(x))
+        big = dict(
+            x_desc=descriptor(x, tile.block_m, tile.block_k),
+            w_desc=descriptor(w, tile.block_n, tile.block_k),
+            y_desc=descriptor(y, tile.block_m, tile.block_n),
+            W_ALONG_K=w.stride(1) == 1,
+        )
+    else:
+        kernel, grid = _lowrank_forward_kernel, tiles
+        big = dict(x_ptr=x, w_ptr=w, y_ptr=y, stride_xm=x.stride(0), stride_xk=x.stride(1))
+        big |= dict(stride_wn=w.stride(0), stride_wk=w.stride(1))
+    Launch(kernel, (grid,), big | thin | blocks, tile,).run()
+    return y

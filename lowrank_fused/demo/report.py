@@ -1,0 +1,154 @@
+"""The demo's table, pictures and JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .model import OURS, PEFT, RANK
+
+if TYPE_CHECKING:
+    from .run import Result, Section
+
+__all__ = ["show", "table", "write"]
+
+COLOURS = {PEFT: "#8a8f98", OURS: "#d1495b"}
+ROUTE_IN_WORDS = {
+    "reference": "plain PyTorch",
+    "addmm": "library GEMMs, low-rank term added in place",
+    "thin": "Triton kernels around one library GEMM",
+    "split": "Triton kernels and Triton GEMM",
+}
+
+
+def table(result: Result) -> Table:
+    """Accuracy, losses, time and kept bytes of the two models, with what divides them."""
+    plain, _ = result.sections
+    steps = len(plain.courses[OURS].losses)
+    rows = Table(title=_title(result), title_justify="left")
+    rows.add_column("")
+    for name in (PEFT, OURS):
+        rows.add_column(name, justify="right")
+    rows.add_column("compared", justify="right")
+    for when, index in (("before", 0), ("after", 1)):
+        shares = [result.accuracy[name][index] for name in (PEFT, OURS)]
+        rows.add_row(f"accuracy {when}", *(f"{share:.1%}" for share in shares), _points(shares[1] - shares[0]))
+    last = [f"{plain.courses[name].losses[-1]:.4f}" for name in (PEFT, OURS)]
+    rows.add_row("loss at the last step", *last, "")
+    rows.add_row(f"largest loss difference in {steps} steps", "", "", f"{plain.largest_loss_difference():.1e}")
+    for section in result.sections:
+        _add_costs(rows, section)
+    return rows
+
+
+def _add_costs(rows: Table, section: Section) -> None:
+    rows.add_section()
+    times = [section.step_ms(name) for name in (PEFT, OURS)]
+    title = f"median step, dropout {section.dropout:g}"
+    ratio = section.speedup()
+    rows.add_row(title, *(f"{t.p50:.1f} ms" for t in times), f"{ratio.p50:.2f}x faster")
+    rows.add_row("  middle three fifths", *(f"{t.p20:.1f}-{t.p80:.1f} ms" for t in times), f"{ratio.p20:.2f}-{ratio.p80:.2f}x")
+    for kept in section.kept:
+        theirs, ours = (kept.bytes_per_token[name] for name in (PEFT, OURS))
+        shape = f"kept per token, {kept.in_features} -> {kept.out_features}, {kept.layers} layers"
+        rows.add_row(shape, f"{theirs:,.0f} B", f"{ours:,.0f} B", _saving(theirs, ours))
+    theirs, ours = (section.kept_by_step[name] for name in (PEFT, OURS))
+    rows.add_row("kept by the whole model, one step", f"{theirs / 1e6:.1f} MB", f"{ours / 1e6:.1f} MB", _saving(theirs, ours))
+
+
+def _title(result: Result) -> str:
+    where = torch.cuda.get_device_name(result.device) if result.device.type == "cuda" else "CPU"
+    dtype = str(result.dtype).removeprefix("torch.")
+    train, held_out = result.settings.snippets, result.settings.held_out
+    return (
+        f"MiniLM (22.7 M parameters) learns the sentiment of {train:,} movie-review snippets, judged on {held_out:,} others\n"
+        f"LoRA of rank {RANK} on all linears of the encoder; {dtype} on {where}; both models trained step by step in turn"
+    )
+
+
+def _points(difference: float) -> str:
+    return "the same" if difference == 0 else f"{100 * difference:+.1f} points"
+
+
+def _saving(theirs: float, ours: float) -> str:
+    return "the same" if theirs == ours else f"{1 - ours / theirs:.0%} less" if ours < theirs else f"{ours / theirs - 1:.0%} more"
+
+
+def route_lines(result: Result) -> list[str]:
+    """Which route served which layers, in words; layers of all shapes together where they agree."""
+    lines = []
+    for section in result.sections:
+        for direction in ("forward", "backward"):
+            used = [use for use in section.routes if use.direction == direction]
+            for route in sorted({use.route for use in used}):
+                served = [use for use in used if use.route == route]
+                shapes = ", ".join(f"{use.calls} of {use.in_features} -> {use.out_features}" for use in served)
+                where = f"dropout {section.dropout:g}, {direction}"
+                lines.append(f"{where}: route {route} ({ROUTE_IN_WORDS[route]}) served {shapes}")
+    return lines
+
+
+def show(result: Result, console: Console) -> None:
+    """Print the table, and below it which route ran where."""
+    console.print(table(result))
+    for line in route_lines(result):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def write(result: Result, console: Console) -> None:
+    """Write loss.png, timing.png and demo.json, and say where they are."""
+    out = result.settings.out
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / "loss.png", out / "timing.png", out / "demo.json"]
+    _plot_losses(result, paths[0])
+    _plot_times(result, paths[1])
+    paths[2].write_text(json.dumps(result.as_dict(), indent=1, default=str) + "\n", encoding="utf-8")
+    console.print(f"wrote {', '.join(str(path) for path in paths)}", highlight=False, soft_wrap=True)
+
+
+def _figure(rows: int, columns: int, **options: Any) -> Any:
+    # Drawn into a file without a display, and without touching what pyplot is set to in the caller's process.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def _plot_losses(result: Result, path: Path) -> None:
+    """Both curves on top of each other; below, the size of their difference."""
+    plain = result.sections[0]
+    theirs, ours = plain.courses[PEFT].losses, plain.courses[OURS].losses
+    steps = range(1, len(ours) + 1)
+    figure, (upper, lower) = _figure(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot(steps, theirs, color=COLOURS[PEFT], linewidth=4, label=PEFT)
+    upper.plot(steps, ours, color=COLOURS[OURS], linewidth=1.5, label=OURS)
+    upper.set_ylabel("training loss")
+    upper.legend(frameon=False)
+    upper.set_title(f"Same start, same batches: largest difference {plain.largest_loss_difference():.1e}", fontsize=11)
+    lower.bar(steps, [abs(t - o) for t, o in zip(theirs, ours, strict=True)], color=COLOURS[OURS])
+    lower.set_ylabel("|difference|")
+    lower.set_xlabel("step")
+    figure.savefig(path)
+
+
+def _plot_times(result: Result, path: Path) -> None:
+    """Quartiles of the step times of both models, a panel for each training."""
+    figure, panels = _figure(1, len(result.sections), squeeze=False)
+    for axes, section in zip(panels[0], result.sections, strict=True):
+        names = (PEFT, OURS)
+        times = [section.timed(name) for name in names]
+        boxes = axes.boxplot(times, widths=0.6, showfliers=False, patch_artist=True, medianprops={"color": "black"})
+        for box, name in zip(boxes["boxes"], names, strict=True):
+            box.set_facecolor(COLOURS[name])
+        axes.set_xticks([1, 2], names)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("time of a training step [ms]")
+        axes.set_title(f"dropout {section.dropout:g}: {section.speedup().p50:.2f}x", fontsize=11)
+    figure.savefig(path)

@@ -1,0 +1,161 @@
+"""The demo from beginning to end."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..benchmark.timing import Spread, paired_ratio
+from ..doctor import best_device, environment
+from . import report
+from .data import Batch, batches, fetch_reviews, model_folder, split
+from .model import OURS, PEFT, SentimentModel, adapted_pair, load_base, load_tokenizer
+from .observe import Kept, RouteUse, kept_by_step, kept_for_backward, routes_of
+from .race import Course, accuracy, race
+
+__all__ = ["Result", "Section", "Settings", "run"]
+
+UNTIMED_STEPS = 2  # allocations and compilation happen in the first steps
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run, where, and where to leave the results.
+
+    Without adapter dropout both models go through the same arithmetic, so their losses can be compared; the second,
+    shorter training with `dropout` is there for its time and memory. `device` and `dtype` None mean the CUDA device with
+    bfloat16 weights (adapters in float32, as PEFT puts them there) if there is one, else the CPU with float32.
+    """
+
+    snippets: int = 1536
+    held_out: int = 1000
+    batch_size: int = 32
+    epochs: int = 1
+    dropout: float = 0.1
+    dropout_steps: int = 16
+    learning_rate: float = 2e-3
+    seed: int = 0
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+    out: Path = Path("out/demo")
+    cache: Path = Path(".cache/demo")
+
+
+@dataclass
+class Section:
+    """One training of the two models: without dropout the whole one, with dropout a short one."""
+
+    dropout: float
+    courses: dict[str, Course]
+    kept: list[Kept]
+    kept_by_step: dict[str, int]
+    routes: list[RouteUse]
+
+    def step_ms(self, name: str) -> Spread:
+        """Wall time of a step."""
+        return Spread.of(self.timed(name))
+
+    def speedup(self) -> Spread:
+        """PEFT's time over ours, step by step."""
+        return paired_ratio(self.timed(PEFT), self.timed(OURS))
+
+    def largest_loss_difference(self) -> float:
+        """Over all steps, between the two models."""
+        losses = (self.courses[name].losses for name in (PEFT, OURS))
+        return max(abs(theirs - ours) for theirs, ours in zip(*losses, strict=True))
+
+    def timed(self, name: str) -> list[float]:
+        """Milliseconds of the steps that count."""
+        times = self.courses[name].step_ms
+        return times[UNTIMED_STEPS:] or times
+
+
+@dataclass
+class Result:
+    """Everything the demo found out. `accuracy` is name -> (before, after)."""
+
+    settings: Settings
+    device: torch.device
+    dtype: torch.dtype
+    accuracy: dict[str, tuple[float, float]]
+    sections: list[Section]
+    environment: dict[str, Any] = field(default_factory=environment)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with the derived numbers beside the measured ones."""
+        plain = asdict(self)
+        for values, section in zip(plain["sections"], self.sections, strict=True):
+            values["median_step_ms"] = {name: section.step_ms(name).p50 for name in section.courses}
+            values["speedup"] = asdict(section.speedup())
+            values["largest_loss_difference"] = section.largest_loss_difference()
+        return plain
+
+
+def run(settings: Settings | None = None, console: Console | None = None) -> Result:
+    """Train, measure, print the table, write `loss.png`, `timing.png` and `demo.json` into `settings.out`.
+
+    Raises UnsupportedError if the model's package or the text cannot be had, ValueError on settings that do not fit.
+    """
+    settings, console = settings or Settings(), console or Console()
+    device = settings.device or best_device()
+    dtype = settings.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    folder = model_folder()
+    train, held_out = split(fetch_reviews(settings.cache), settings.snippets, settings.held_out)
+    tokenizer = load_tokenizer(folder)
+    # On the host and before the device is known to torch's dropout: the same head and A on every machine.
+    torch.manual_seed(settings.seed)
+    base = load_base(folder, device, dtype)
+    steps = [
+        batch.to(device)
+        for epoch in range(settings.epochs)
+        for batch in batches(tokenizer, train, settings.batch_size, seed=settings.seed + epoch)
+    ]
+    judged = [batch.to(device) for batch in batches(tokenizer, held_out, settings.batch_size, seed=0)]
+    with _progress(console) as progress:
+        pair = adapted_pair(base, 0.0)
+        before = _judge(pair, judged, progress, "accuracy before")
+        plain = _train(pair, 0.0, steps, settings, progress)
+        after = _judge(pair, judged, progress, "accuracy after")
+        short = steps[: settings.dropout_steps]
+        dropped = _train(adapted_pair(base, settings.dropout), settings.dropout, short, settings, progress)
+    accuracies = {name: (before[name], after[name]) for name in pair}
+    result = Result(settings, device, dtype, accuracies, [plain, dropped])
+    report.show(result, console)
+    report.write(result, console)
+    return result
+
+
+def _judge(
+    models: dict[str, SentimentModel], judged: list[Batch], progress: Progress, title: str
+) -> dict[str, float]:
+    task = progress.add_task(title, total=len(models) * len(judged))
+
+    def counted() -> Any:
+        for batch in judged:
+            yield batch
+            progress.advance(task)
+
+    return {name: accuracy(model, counted()) for name, model in models.items()}
+
+
+def _train(
+    pair: dict[str, SentimentModel], dropout: float, steps: list[Batch], settings: Settings, progress: Progress
+) -> Section:
+    """Look at the models first, then train them side by side."""
+    kept = kept_for_backward(pair)
+    by_step = {name: kept_by_step(model, steps[0]) for name, model in pair.items()}
+    routes = routes_of(pair[OURS], steps[0])
+    title = f"training both, dropout {dropout:g}"
+    task = progress.add_task(title, total=len(steps))
+    courses = race(pair, steps, settings.learning_rate, lambda: progress.advance(task))
+    return Section(dropout, courses, kept, by_step, routes)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)

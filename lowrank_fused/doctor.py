@@ -1,0 +1,189 @@
+"""What is installed and what can run: the facts of `lowrank-fused doctor` and beside every measurement."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .benchmark import Case, check, providers_for
+from .benchmark.record import commit
+from .routes import ROUTES, choose, unavailable
+from .target import interpreting, target_of
+
+__all__ = ["Diagnosis", "RouteReport", "best_device", "diagnose", "environment"]
+
+REQUIRED = {"torch": (2, 8), "transformers": (4, 56), "safetensors": (0, 4)}
+OPTIONAL = {"triton": (3, 4), "peft": (0, 18)}
+PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "accelerate", "safetensors")
+# What nvidia-smi is asked for, and the name under which it is reported.
+SMI_FIELDS = {
+    "driver_version": "driver",
+    "clocks.sm": "clock_sm_mhz",
+    "clocks.max.sm": "clock_sm_max_mhz",
+    "clocks.mem": "clock_memory_mhz",
+    "power.limit": "power_limit_w",
+    "temperature.gpu": "temperature_c",
+}
+
+
+def best_device() -> torch.device:
+    """The current CUDA device, else the CPU."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution, without importing it; None where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux tells it, else the platform's word for it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text(errors="replace"))):
+        return found.group(1)
+    return platform.processor() or platform.machine()
+
+
+def gpu_facts(index: int) -> dict[str, Any]:
+    """What torch knows of a GPU, and driver, clocks and power limit from nvidia-smi where there is one."""
+    properties = torch.cuda.get_device_properties(index)
+    facts: dict[str, Any] = {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "driver": None,
+    }
+    query = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits"]
+    # nvidia-smi counts all GPUs of the machine; a UUID finds this one whatever CUDA_VISIBLE_DEVICES says.
+    query += [f"--id=GPU-{properties.uuid}"] if hasattr(properties, "uuid") else []
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return facts
+    values = [value.strip() for value in answer.strip().splitlines()[0].split(",")] if answer.strip() else []
+    return facts | dict(zip(SMI_FIELDS.values(), values, strict=False))
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions: plain values that JSON can hold, None where something is not installed."""
+    cuda = torch.cuda.is_available()
+    return {
+        "lowrank_fused": __version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        **{package: version_of(package) for package in PACKAGES},
+        "torch_cuda": torch.version.cuda,
+        "triton_interpreter": interpreting(),
+        "gpus": [gpu_facts(index) for index in range(torch.cuda.device_count())] if cuda else [],
+    }
+
+
+@dataclass
+class RouteReport:
+    """Whether a route can serve this device, why not, and what its check said (None: it was not run)."""
+
+    name: str
+    available: bool
+    reason: str | None = None
+    check: str | None = None
+
+
+@dataclass
+class Diagnosis:
+    """All that `doctor` says. `problems` stop the package from working; `notes` are worth knowing."""
+
+    environment: dict[str, Any]
+    device: str
+    routes: list[RouteReport]
+    auto: dict[str, str]
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def works(self) -> bool:
+        """No problem, and every available route passed its check."""
+        return not self.problems and all(route.check in (None, "ok") for route in self.routes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"works": self.works}
+
+
+def diagnose(*, self_check: bool = True) -> Diagnosis:
+    """Look at this machine; with `self_check`, compute a small layer by every route against float64 too."""
+    device = best_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    facts = environment()
+    target = target_of(device)
+    shape = (8192, 4096, 4096, 16, torch.bfloat16, False, target)
+    return Diagnosis(
+        environment=facts,
+        device=str(device),
+        routes=[_route_report(route, device, dtype, self_check) for route in ROUTES],
+        auto={"forward": choose("forward", *shape), "backward": choose("backward", *shape)},
+        problems=_version_problems(facts, REQUIRED, required=True),
+        notes=[*_version_problems(facts, OPTIONAL, required=False), *_device_notes(device)],
+    )
+
+
+def _route_report(route: str, device: torch.device, dtype: torch.dtype, self_check: bool) -> RouteReport:
+    reason = unavailable(route, device, dtype)
+    if reason is not None:
+        return RouteReport(route, available=False, reason=reason)
+    if not self_check:
+        return RouteReport(route, available=True)
+    # Off every tile size, and small enough for Triton's interpreter.
+    case = Case(in_features=72, out_features=40, tokens=19, rank=5, dropout=0.25, dtype=dtype, device=device)
+    try:
+        check(providers_for([route], case)[0], case)
+    except Exception as failure:  # the point of a check is to report whatever goes wrong
+        return RouteReport(route, available=True, check=f"{type(failure).__name__}: {failure}")
+    return RouteReport(route, available=True, check="ok")
+
+
+def _version_problems(
+    facts: dict[str, Any], minimums: dict[str, tuple[int, int]], *, required: bool
+) -> list[str]:
+    found = []
+    for package, minimum in minimums.items():
+        wanted = f"{package} {'.'.join(map(str, minimum))} or newer"
+        have = facts[package]
+        if have is None and required:
+            found.append(
+                f"{wanted} is needed and not installed: pip install '{package}>={minimum[0]}.{minimum[1]}'"
+            )
+        elif have is not None and tuple(int(part) for part in re.findall(r"\d+", have)[:2]) < minimum:
+            found.append(f"{wanted} is needed, {have} is installed")
+    return found
+
+
+def _device_notes(device: torch.device) -> list[str]:
+    """Why the kernels rest, and what would wake them."""
+    if device.type == "cuda":
+        return []
+    if torch.version.cuda is None:
+        return ["no CUDA: this is a CPU build of torch, so layers run on the route addmm"]
+    return [
+        f"torch is built for CUDA {torch.version.cuda} but finds no usable GPU or driver; layers run on addmm"
+    ]

@@ -1,0 +1,129 @@
+"""The methods of the LoRA family: one file each, beside this one, found by importing them.
+
+A method is a class under `@method` that holds no state: two texts, `name` and `formula`, and three static
+functions.
+
+    init(weight, rank, alpha, *, <options>) -> Start
+        What a layer starts from. `weight` [out, in] is the frozen matrix (on the meta device when only shapes
+        are asked for). The defaults of rank and alpha are the method's own (alpha None: alpha = rank), and
+        every further keyword is an option of the method, under that name in `AdapterConfig` and on disk. A
+        method whose layers share tensors also takes `site`.
+    terms(p, weight, x) -> Terms
+        The low-rank part. `p` carries Start's tensors and constants as attributes; whatever is computed here
+        from small tensors is differentiated by autograd. `x` is there for gates; merging passes an x of zero
+        tokens.
+    reference(x, weight, bias, p) -> y
+        The paper's formula in plain PyTorch. It shares no line with `terms`, because it is the witness
+        against it.
+
+Tests, benchmarks, the command line and the documentation read the registry; nothing else is written per
+method.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowrank_fused.registry import Registry
+from lowrank_fused.terms import Terms
+
+__all__ = ["Method", "Site", "Start", "get", "init", "method", "options", "registry", "resolve"]
+
+
+@dataclass
+class Site:
+    """Where a layer stands among those that are made together.
+
+    `shapes` holds (out, in) of all of them in model order and `index` is this layer's place in it; `shared`
+    is one dictionary for all of them, in which a method keeps the tensors that its layers have in common. A
+    tensor object that
+    is put into several layers stays one parameter: it is counted, trained and saved once.
+    """
+
+    index: int
+    shapes: Sequence[tuple[int, int]]
+    shared: dict[str, Any]
+
+
+@dataclass
+class Start:
+    """What `init` returns: the values a layer starts from.
+
+    `parameters` are trained and `frozen` are kept, both under names that are attributes of the layer and keys
+    on disk. `constants` are plain Python numbers. With `residual` the layer takes W minus the low-rank part
+    at the start as its base weight, so that it starts as the original layer whatever the factors are.
+    """
+
+    parameters: dict[str, Tensor]
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[str, float] = field(default_factory=dict)
+    residual: bool = False
+
+
+class Method(Protocol):
+    """What the package asks of a method; see the text of this module."""
+
+    name: str
+    formula: str
+    init: Callable[..., Start]
+    terms: Callable[[Any, Tensor, Tensor], Terms]
+    reference: Callable[[Tensor, Tensor, Tensor | None, Any], Tensor]
+
+
+_METHODS: Registry[type[Method]] = Registry("method", __name__)
+_NOT_OPTIONS = ("weight", "rank", "alpha", "site")
+
+
+def method(cls: Any) -> Any:
+    """Register a method class under its `name`; TypeError if a part of the contract is missing."""
+    missing = [part for part in ("name", "formula", "init", "terms", "reference") if not hasattr(cls, part)]
+    if missing:
+        raise TypeError(f"method {cls.__name__} lacks {', '.join(missing)}")
+    parameters = inspect.signature(cls.init).parameters
+    required = [
+        name for name, p in parameters.items() if p.default is p.empty and name not in ("weight", "site")
+    ]
+    if required:
+        raise TypeError(f"method {cls.__name__}: init gives no default for {', '.join(required)}")
+    return _METHODS.add(cls.name, cls)
+
+
+def registry() -> dict[str, type[Method]]:
+    """All methods by name."""
+    return _METHODS.all()
+
+
+def get(name: str) -> type[Method]:
+    """The method of that name; ValueError with the nearest name otherwise."""
+    return _METHODS.get(name)
+
+
+def options(name: str) -> dict[str, Any]:
+    """The options of a method with their defaults, read from the signature of its `init`."""
+    parameters = inspect.signature(get(name).init).parameters
+    return {key: p.default for key, p in parameters.items() if key not in _NOT_OPTIONS}
+
+
+def resolve(name: str, rank: int | None = None, alpha: float | None = None) -> tuple[int, float]:
+    """Rank and alpha, the method's defaults for None; a default alpha of None means alpha = rank."""
+    parameters = inspect.signature(get(name).init).parameters
+    rank = parameters["rank"].default if rank is None else rank
+    alpha = parameters["alpha"].default if alpha is None else alpha
+    return rank, float(rank if alpha is None else alpha)
+
+
+def init(
+    name: str, weight: Tensor, rank: int, alpha: float, site: Site | None = None, **chosen: Any
+) -> Start:
+    """Call a method's `init` on `weight` [out, in]; `site` reaches the methods that ask for it."""
+    function = get(name).init
+    if "site" in inspect.signature(function).parameters:
+        chosen["site"] = site or Site(0, [(weight.shape[0], weight.shape[1])], {})
+    with torch.no_grad():
+        return function(weight.detach(), rank=rank, alpha=alpha, **chosen)
