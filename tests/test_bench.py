@@ -177,10 +177,11 @@ def test_flops_by_hand() -> None:
 def test_kept_bytes_by_hand() -> None:
     x, other = torch.ones(8, 4), torch.ones(8, 4, requires_grad=True)
     weight = torch.ones(4, 3, requires_grad=True)
-    # mm keeps x for weight's gradient (128 B); weight is a parameter; the second product sees the same x as a view.
-    assert kept_bytes(lambda: (x @ weight, x[:4] @ weight), [weight]) == 8 * 4 * 4
-    assert kept_bytes(lambda: x @ weight) == 8 * 4 * 4, "weight has no gradient to serve here but x's, not asked for"
+    # A product keeps x for the gradient of weight, and weight for that of x; the second x is a view of the first.
+    assert kept_bytes(lambda: x @ weight) == 8 * 4 * 4
+    assert kept_bytes(lambda: (x @ weight, x[:4] @ weight)) == 8 * 4 * 4
     assert kept_bytes(lambda: other @ weight) == 8 * 4 * 4 + 4 * 3 * 4
+    assert kept_bytes(lambda: other @ weight, [weight]) == 8 * 4 * 4
     assert kept_bytes(lambda: other * other) == 8 * 4 * 4
     assert kept_bytes(lambda: other.exp()) == 8 * 4 * 4, "exp keeps its result"
     assert kept_bytes(lambda: other + 1) == 0

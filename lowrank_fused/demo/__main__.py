@@ -31,7 +31,7 @@ def main(
 ) -> None:
     """Fine-tune MiniLM on movie-review snippets with PEFT's LoRA and with this package, and compare them."""
     try:
-        run(
+        result = run(
             Settings(
                 snippets=snippets,
                 held_out=held_out,
@@ -48,6 +48,9 @@ def main(
         )
     except (UnsupportedError, ValueError) as error:
         typer.echo(f"lowrank_fused demo: {error}", err=True)
+        sys.exit(2)
+    if not result.agrees:
+        typer.echo("lowrank_fused demo: the two losses differ by more than rounding", err=True)
         sys.exit(1)
 
 

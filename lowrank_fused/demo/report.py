@@ -10,12 +10,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..benchmark import dtype_name
 from .model import OURS, PEFT, RANK
 
 if TYPE_CHECKING:
-    from .run import Result, Section
+    from .run import Result, Section, Settings
 
-__all__ = ["show", "table", "write"]
+__all__ = ["introduction", "show", "table", "write"]
 
 COLOURS = {PEFT: "#8a8f98", OURS: "#d1495b"}
 ROUTE_IN_WORDS = {
@@ -27,48 +28,37 @@ ROUTE_IN_WORDS = {
 
 
 def table(result: Result) -> Table:
-    """Accuracy, losses, time and kept bytes of the two models, with what divides them."""
-    plain, _ = result.sections
-    steps = len(plain.courses[OURS].losses)
-    rows = Table(title=_title(result), title_justify="left")
-    rows.add_column("")
-    for name in (PEFT, OURS):
-        rows.add_column(name, justify="right")
-    rows.add_column("compared", justify="right")
+    """Accuracy, losses, time and kept bytes of the two models, and how they compare."""
+    plain = result.sections[0]
+    rows = Table()
+    rows.add_column("", no_wrap=True)
+    for name in (PEFT, OURS, "compared"):
+        rows.add_column(name, justify="right", no_wrap=True)
     for when, index in (("before", 0), ("after", 1)):
         shares = [result.accuracy[name][index] for name in (PEFT, OURS)]
         rows.add_row(f"accuracy {when}", *(f"{share:.1%}" for share in shares), _points(shares[1] - shares[0]))
     last = [f"{plain.courses[name].losses[-1]:.4f}" for name in (PEFT, OURS)]
     rows.add_row("loss at the last step", *last, "")
-    rows.add_row(f"largest loss difference in {steps} steps", "", "", f"{plain.largest_loss_difference():.1e}")
+    rows.add_row("largest loss difference", "", "", f"{plain.largest_loss_difference():.1e}")
     for section in result.sections:
         _add_costs(rows, section)
     return rows
 
 
 def _add_costs(rows: Table, section: Section) -> None:
+    """Time of a step, bytes kept for backward per token in each shape of layer and by the whole model."""
     rows.add_section()
-    times = [section.step_ms(name) for name in (PEFT, OURS)]
-    title = f"median step, dropout {section.dropout:g}"
-    ratio = section.speedup()
-    rows.add_row(title, *(f"{t.p50:.1f} ms" for t in times), f"{ratio.p50:.2f}x faster")
-    rows.add_row("  middle three fifths", *(f"{t.p20:.1f}-{t.p80:.1f} ms" for t in times), f"{ratio.p20:.2f}-{ratio.p80:.2f}x")
+    rows.add_row(f"adapter dropout {section.dropout:g}", "", "", "", style="bold")
+    times, ratio = [section.step_ms(name) for name in (PEFT, OURS)], section.speedup()
+    rows.add_row("median step", *(f"{t.p50:.0f} ms" for t in times), f"{ratio.p50:.2f}x")
+    spread = [f"{t.p20:.0f} to {t.p80:.0f} ms" for t in times]
+    rows.add_row("20 % to 80 %", *spread, f"{ratio.p20:.2f} to {ratio.p80:.2f}x")
     for kept in section.kept:
         theirs, ours = (kept.bytes_per_token[name] for name in (PEFT, OURS))
-        shape = f"kept per token, {kept.in_features} -> {kept.out_features}, {kept.layers} layers"
-        rows.add_row(shape, f"{theirs:,.0f} B", f"{ours:,.0f} B", _saving(theirs, ours))
+        label = f"kept, {kept.in_features} to {kept.out_features}"
+        rows.add_row(label, f"{theirs:,.0f} B/token", f"{ours:,.0f} B/token", _saving(theirs, ours))
     theirs, ours = (section.kept_by_step[name] for name in (PEFT, OURS))
-    rows.add_row("kept by the whole model, one step", f"{theirs / 1e6:.1f} MB", f"{ours / 1e6:.1f} MB", _saving(theirs, ours))
-
-
-def _title(result: Result) -> str:
-    where = torch.cuda.get_device_name(result.device) if result.device.type == "cuda" else "CPU"
-    dtype = str(result.dtype).removeprefix("torch.")
-    train, held_out = result.settings.snippets, result.settings.held_out
-    return (
-        f"MiniLM (22.7 M parameters) learns the sentiment of {train:,} movie-review snippets, judged on {held_out:,} others\n"
-        f"LoRA of rank {RANK} on all linears of the encoder; {dtype} on {where}; both models trained step by step in turn"
-    )
+    rows.add_row("kept, whole model", f"{theirs / 1e6:.0f} MB", f"{ours / 1e6:.0f} MB", _saving(theirs, ours))
 
 
 def _points(difference: float) -> str:
@@ -76,21 +66,42 @@ def _points(difference: float) -> str:
 
 
 def _saving(theirs: float, ours: float) -> str:
-    return "the same" if theirs == ours else f"{1 - ours / theirs:.0%} less" if ours < theirs else f"{ours / theirs - 1:.0%} more"
+    if theirs == ours:
+        return "the same"
+    return f"{1 - ours / theirs:.0%} less" if ours < theirs else f"{ours / theirs - 1:.0%} more"
+
+
+def introduction(settings: Settings, device: torch.device, dtype: torch.dtype) -> str:
+    """What is about to happen, where."""
+    where = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    return (
+        f"MiniLM (22.7 M parameters) learns the sentiment of {settings.snippets:,} movie-review snippets and is judged "
+        f"on {settings.held_out:,} others.\nTwo copies with LoRA of rank {RANK} on all linears of the encoder train "
+        f"step by step in turn: {PEFT}, and {OURS}.\nWeights in {dtype_name(dtype)}, adapters in fp32, on {where}."
+    )
 
 
 def route_lines(result: Result) -> list[str]:
-    """Which route served which layers, in words; layers of all shapes together where they agree."""
-    lines = []
-    for section in result.sections:
-        for direction in ("forward", "backward"):
-            used = [use for use in section.routes if use.direction == direction]
-            for route in sorted({use.route for use in used}):
-                served = [use for use in used if use.route == route]
-                shapes = ", ".join(f"{use.calls} of {use.in_features} -> {use.out_features}" for use in served)
-                where = f"dropout {section.dropout:g}, {direction}"
-                lines.append(f"{where}: route {route} ({ROUTE_IN_WORDS[route]}) served {shapes}")
+    """Which route served which layers; one line where one route served them all."""
+    uses = [(section.dropout, use) for section in result.sections for use in section.routes]
+    routes = sorted({use.route for _, use in uses})
+    if len(routes) == 1:
+        lines = [f"Route {_named(routes[0])} served every adapted layer, forward and backward, with and without dropout."]
+    else:
+        lines = [
+            f"dropout {dropout:g}, {use.direction}, {use.calls} layers {use.in_features} to {use.out_features}: "
+            f"route {_named(use.route)}"
+            for dropout, use in uses
+        ]
+    if not {"thin", "split"} & set(routes):
+        lines.append("No Triton kernel ran." + ("" if result.device.type == "cuda" else " They need a CUDA device."))
     return lines
+
+
+def _named(route: str) -> str:
+    return f"{route} ({ROUTE_IN_WORDS[route]})"
 
 
 def show(result: Result, console: Console) -> None:

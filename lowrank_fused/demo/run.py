@@ -22,6 +22,9 @@ __all__ = ["Result", "Section", "Settings", "run"]
 
 UNTIMED_STEPS = 2  # allocations and compilation happen in the first steps
 
+# A wrong gradient shows as 1e-2 within a few steps; rounding, which training amplifies, is this far below it.
+LOSS_AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -86,6 +89,11 @@ class Result:
     sections: list[Section]
     environment: dict[str, Any] = field(default_factory=environment)
 
+    @property
+    def agrees(self) -> bool:
+        """Whether the two losses stayed within what rounding explains, at every step without dropout."""
+        return self.sections[0].largest_loss_difference() <= LOSS_AGREEMENT[self.dtype]
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the derived numbers beside the measured ones."""
         plain = asdict(self)
@@ -104,6 +112,7 @@ def run(settings: Settings | None = None, console: Console | None = None) -> Res
     settings, console = settings or Settings(), console or Console()
     device = settings.device or best_device()
     dtype = settings.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    console.print(report.introduction(settings, device, dtype), highlight=False)
     folder = model_folder()
     train, held_out = split(fetch_reviews(settings.cache), settings.snippets, settings.held_out)
     tokenizer = load_tokenizer(folder)

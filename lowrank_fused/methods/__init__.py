@@ -16,8 +16,8 @@ functions.
         The paper's formula in plain PyTorch. It shares no line with `terms`, because it is the witness
         against it.
 
-Tests, benchmarks, the command line and the documentation read the registry; nothing else is written per
-method.
+A method that does not start as the base layer says why in a text `differs_at_start`. Tests, benchmarks, the
+command line and the documentation read the registry; nothing else is written per method.
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ class Site:
     """Where a layer stands among those that are made together.
 
     `shapes` holds (out, in) of all of them in model order and `index` is this layer's place in it; `shared`
-    is one dictionary for all of them, in which a method keeps the tensors that its layers have in common. A
-    tensor object that
-    is put into several layers stays one parameter: it is counted, trained and saved once.
+    is one dictionary for all of them, in which a method keeps the tensors that its layers have in common. An
+    nn.Parameter that is put into several layers stays one: it is counted, trained and saved once.
     """
 
     index: int

