@@ -70,15 +70,27 @@ def gpu_facts(index: int) -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "driver": None,
     }
-    query = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits"]
     # nvidia-smi counts all GPUs of the machine; a UUID finds this one whatever CUDA_VISIBLE_DEVICES says.
-    query += [f"--id=GPU-{properties.uuid}"] if hasattr(properties, "uuid") else []
+    uuid = getattr(properties, "uuid", None)
+    for name in [f"GPU-{uuid}"] * bool(uuid) + [str(index)]:
+        if answer := _ask_nvidia_smi(name):
+            return facts | dict(zip(SMI_FIELDS.values(), answer, strict=False))
+    return facts
+
+
+def _ask_nvidia_smi(gpu: str) -> list[str]:
+    """The values of SMI_FIELDS; none where nvidia-smi is missing or does not know this GPU."""
+    query = [
+        "nvidia-smi",
+        f"--id={gpu}",
+        f"--query-gpu={','.join(SMI_FIELDS)}",
+        "--format=csv,noheader,nounits",
+    ]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return facts
-    values = [value.strip() for value in answer.strip().splitlines()[0].split(",")] if answer.strip() else []
-    return facts | dict(zip(SMI_FIELDS.values(), values, strict=False))
+        return []
+    return [value.strip() for value in answer.splitlines()[0].split(",")] if answer else []
 
 
 def environment() -> dict[str, Any]:

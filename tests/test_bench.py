@@ -226,7 +226,13 @@ def test_interleave_takes_turns() -> None:
 def test_ratios_are_taken_round_by_round() -> None:
     slow, fast = [2.0, 20.0, 200.0], [1.0, 10.0, 50.0]
     assert paired_ratio(slow, fast).p50 == 2.0
-    times = {"eager": slow, "frozen": [1.0, 5.0, 100.0], "addmm": fast, "eager-fp32": fast, "auto-fp32": [1.0, 2.0, 10.0]}
+    times = {
+        "eager": slow,
+        "frozen": [1.0, 5.0, 100.0],
+        "addmm": fast,
+        "eager-fp32": fast,
+        "auto-fp32": [1.0, 2.0, 10.0],
+    }
     assert ratios(times, "addmm")["speedup"] == 2.0
     assert ratios(times, "addmm")["overhead"] == 1.0
     assert ratios(times, "auto-fp32")["speedup"] == 5.0, "fp32 adapters are compared with fp32 adapters"
@@ -246,7 +252,9 @@ def test_rows_of_a_measurement(mode: str, tmp_path: Path) -> None:
     write_json(tmp_path / "new" / "rows.json", document(rows, {"cpu": "any"}, ["bench", "-x"], goals=[]))
     write_csv(tmp_path / "rows.csv", rows)
     read = json.loads((tmp_path / "new" / "rows.json").read_text())
-    assert read["command"] == ["bench", "-x"] and read["environment"] == {"cpu": "any"} and read["goals"] == []
+    assert (
+        read["command"] == ["bench", "-x"] and read["environment"] == {"cpu": "any"} and read["goals"] == []
+    )
     assert {"commit", "time"} <= set(read)
     with (tmp_path / "rows.csv").open() as file:
         lines = list(csv.DictReader(file))
@@ -259,7 +267,9 @@ def test_rows_of_a_measurement(mode: str, tmp_path: Path) -> None:
 
 def test_json_has_no_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
-        write_json(tmp_path / "rows.json", document([Row.of(SMALL, "x", "both", ms_p50=float("nan"))], {}, []))
+        write_json(
+            tmp_path / "rows.json", document([Row.of(SMALL, "x", "both", ms_p50=float("nan"))], {}, [])
+        )
     assert not (tmp_path / "rows.json").exists()
 
 
@@ -268,7 +278,9 @@ def test_commit_of_a_folder(tmp_path: Path) -> None:
 
     def git(*words: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        done = subprocess.run(["git", "-C", str(tmp_path), *identity, *words], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *words], capture_output=True, text=True, check=True
+        )
         return done.stdout.strip()
 
     git("init", "-q")
@@ -278,6 +290,8 @@ def test_commit_of_a_folder(tmp_path: Path) -> None:
     git("add", "file")
     git("commit", "-q", "-m", "x")
     assert commit(tmp_path) == git("rev-parse", "--short=12", "HEAD")
-    assert commit(installed) == "unknown", "a package that is merely installed below a repository is not in it"
+    assert commit(installed) == "unknown", (
+        "a package that is merely installed below a repository is not in it"
+    )
     (tmp_path / "file").write_text("two")
     assert commit(tmp_path).endswith("+")

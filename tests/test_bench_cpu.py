@@ -81,7 +81,10 @@ def test_layers_are_what_they_say(name: str, dropout: float) -> None:
 
 
 def test_goals() -> None:
-    fast, small = Goal("speed", 1.1, 1.05), Goal("bytes", 900.0, 800.0, "B", at_least=False, spread=(890.0, 910.0))
+    fast, small = (
+        Goal("speed", 1.1, 1.05),
+        Goal("bytes", 900.0, 800.0, "B", at_least=False, spread=(890.0, 910.0)),
+    )
     assert fast.met and not small.met and missed([fast, small]) == [small]
     assert small.cells() == ("bytes", "900.0 B (890.0 to 910.0)", "at most 800.0 B", "MISSED")
     assert [entry["met"] for entry in as_dicts([fast, small])] == [True, False]

@@ -54,7 +54,9 @@ def statuses(store: Store, stage: str) -> dict[str, str]:
     return {name: result["status"] for name, result in store.cases(stage).items()}
 
 
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main([]) == 3
     assert "no CUDA device here" in capsys.readouterr().err
@@ -164,9 +166,17 @@ def test_results_of_the_stages(store: Store) -> None:
     plan = {stage.name: stage for stage in gpu_stages.stages(TINY)}
     for name in ("kernels", "layers", "model", "memory"):
         run_stage(Stage(name, "", plan[name].cases[:2]), store, time.time() + 60)
-    results = {name: [r["result"] for r in store.cases(name).values()] for name in ("kernels", "layers", "model", "memory")}
+    results = {
+        name: [r["result"] for r in store.cases(name).values()]
+        for name in ("kernels", "layers", "model", "memory")
+    }
     assert results["kernels"][0]["copy_gb_per_s"] > 0
-    assert set(results["kernels"][1]["library_us"]) == {"mm:forward", "addmm:forward", "mm:backward", "addmm:backward"}
+    assert set(results["kernels"][1]["library_us"]) == {
+        "mm:forward",
+        "addmm:forward",
+        "mm:backward",
+        "addmm:backward",
+    }
     assert {row["provider"] for row in results["layers"][0]} >= {"frozen", "eager", "addmm"}
     losses = results["model"][0]["first_loss"]
     assert losses["peft"] == pytest.approx(losses["ours"], rel=1e-2)
@@ -226,14 +236,19 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert check("--fresh", "--minutes", "0")[0] == 4, "no time: nothing is done"
 
 
-def test_a_stage_in_processes_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+def test_a_stage_in_processes_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Store
+) -> None:
     """The first process dies in case a, the second asks for a new one after b, the third finishes."""
     stage = Stage("s", "", [Case(name, dict) for name in "abc"])
     store.save()
     status = iter([-9, gpu_check.NEW_PROCESS, 0])
 
     def process(command: list[str], seconds: float) -> int:
-        assert command[1:4] == ["-m", "bench.gpu_check", "--stage"] and 0 < seconds <= 60 + gpu_check.GRACE_SECONDS
+        assert (
+            command[1:4] == ["-m", "bench.gpu_check", "--stage"]
+            and 0 < seconds <= 60 + gpu_check.GRACE_SECONDS
+        )
         child = Store(store.path)
         name = child.left(stage)[0].name
         child.put("s", name, status="running" if name == "a" else "ok")
@@ -259,7 +274,11 @@ def test_a_hanging_process_is_stopped_with_its_children(tmp_path: Path) -> None:
 def test_kernel_tests_report(monkeypatch: pytest.MonkeyPatch) -> None:
     import subprocess
 
-    answers = {"shrink": (0, "12 passed, 3 skipped in 4s"), "expand": (1, "1 failed, 2 passed"), "linear": (5, "nothing")}
+    answers = {
+        "shrink": (0, "12 passed, 3 skipped in 4s"),
+        "expand": (1, "1 failed, 2 passed"),
+        "linear": (5, "nothing"),
+    }
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         keyword = command[command.index("-k") + 1].split()[0]

@@ -245,7 +245,7 @@ def test_delta_and_residual_form_are_the_same_model():
 
 
 def test_the_delta_form_loses_nothing_in_bfloat16():
-    """Both forms after a small step of z, in bf16: delta stays at PyTorch's rounding, the residual form does not."""
+    """After a small step of z the delta form is as exact as bf16 is, the residual form is not."""
     torch.manual_seed(0)
     weight = torch.randn(256, 256) / 16
     x, step = torch.randn(64, 256).bfloat16(), 0.01 * torch.randn(64)
