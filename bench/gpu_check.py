@@ -3,8 +3,7 @@
 Stages run in order of priority, each in a process of its own; every finished case is written to
 bench/results/<gpu>/gpu_check.json at once, and a later run goes on where an earlier one stopped.
 
-Exit status: 0 all done and well, 1 a case failed, 3 no CUDA device here, 4 time ran out: run it again to go
-on.
+Exit status: 0 all done and well, 1 a case failed, 3 no CUDA device here, 4 time ran out (run it again).
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ from lowrank_fused.doctor import environment
 ALL_WELL, FAILED, NO_GPU, UNFINISHED = 0, 1, 3, 4
 NEW_PROCESS = 75  # a stage's own exit status when its device is unusable and it wants to go on afresh
 GRACE_SECONDS = 45.0  # how long a stage may overrun inside one case before it is stopped
-MOST_RESTARTS = 8
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -54,16 +52,20 @@ def healthy(device: torch.device) -> bool:
         return False
 
 
-def run_here(stage: Stage, store: Store, until: float, device: torch.device) -> int:
+def run_here(
+    stage: Stage, store: Store, until: float, device: torch.device, *, watchdog: bool = False
+) -> int:
     """Run a stage in this process; its exit status."""
-    went_on = run_stage(
-        stage, store, until, healthy=lambda: healthy(device), say=lambda line: print(line, flush=True)
-    )
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    went_on = run_stage(stage, store, until, healthy=lambda: healthy(device), say=say, watchdog=watchdog)
     return 0 if went_on else NEW_PROCESS
 
 
 def run_group(command: Sequence[str], seconds: float) -> int:
-    """Exit status of a command that is stopped with all its children (pytest, say) when time is up or we are."""
+    """Exit status of a command; when time is up it is stopped with all its children (pytest, say)."""
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
         return process.wait(timeout=seconds)
@@ -75,20 +77,9 @@ def run_group(command: Sequence[str], seconds: float) -> int:
 
 def run_apart(stage: Stage, store: Store, out: Path, until: float) -> None:
     """Run a stage in other processes: as many as it takes, since a case may kill or hang the one it is in."""
-    command = [
-        sys.executable,
-        "-m",
-        "bench.gpu_check",
-        "--stage",
-        stage.name,
-        "--out",
-        str(out),
-        "--until",
-        str(until),
-    ]
-    for _ in range(MOST_RESTARTS):
-        if not store.left(stage) or time.time() > until:
-            return
+    command = [sys.executable, "-m", "bench.gpu_check", "--stage", stage.name]
+    command += ["--out", str(out), "--until", str(until)]
+    while (left := len(store.left(stage))) and time.time() < until:
         try:
             status = run_group(command, until - time.time() + GRACE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -97,6 +88,12 @@ def run_apart(stage: Stage, store: Store, out: Path, until: float) -> None:
         store.reload()
         store.settle(stage.name)
         if status == 0:
+            return
+        if len(store.left(stage)) == left:
+            print(
+                f"{stage.name}: exit status {status} before any case; going on with the next stage",
+                flush=True,
+            )
             return
 
 
@@ -164,7 +161,7 @@ def check_device(
         )
         return 2
     if given.until:  # a child of another gpu_check
-        return run_here(chosen[0], store, given.until, device)
+        return run_here(chosen[0], store, given.until, device, watchdog=True)
     machine(store, arguments)
     end = time.time() + 60 * given.minutes
     for stage in chosen:

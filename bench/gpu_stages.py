@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench.model_step import CausalCase, causal_steps
-from bench.stages import ROOT, Case, Stage
+from bench.stages import ROOT, Case, PartlyFailed, Stage
 from lowrank_fused.benchmark import (
     Case as LayerCase,
 )
@@ -40,6 +40,7 @@ __all__ = ["Setting", "stages"]
 # Each keyword of the kernel tests is a case of its own: a hanging kernel costs one of them, not all.
 KERNEL_TESTS = ("shrink", "expand", "factors", "lowrank_forward", "grad_input", "linear")
 PYTEST_SECONDS = 200
+OTHERS = ("frozen", "eager", "eager-fp32", "compile")  # providers whose failure is not ours
 
 
 def _llama(**more: Any) -> CausalCase:
@@ -79,17 +80,22 @@ class Setting:
 
 def stages(setting: Setting) -> list[Stage]:
     """All stages, most important first."""
+    tests = [Case(keyword, partial(run_tests, keyword)) for keyword in KERNEL_TESTS]
+    correct, kernels = list(correctness_cases(setting)), list(kernel_cases(setting))
+    layers, models, memory = (
+        list(layer_cases(setting)),
+        list(model_cases(setting)),
+        list(memory_cases(setting)),
+    )
     return [
-        Stage("tests", "kernel tests on this device", [Case(k, partial(run_tests, k)) for k in KERNEL_TESTS]),
-        Stage("correct", "y and gradients at real sizes against float64", list(correctness_cases(setting))),
-        Stage("kernels", "kernels against library GEMMs and memory bandwidth", list(kernel_cases(setting))),
+        Stage("tests", "kernel tests on this device", tests, case_seconds=PYTEST_SECONDS + 20),
+        Stage("correct", "y and gradients at real sizes against float64", correct),
+        Stage("kernels", "kernels against library GEMMs and memory bandwidth", kernels),
         Stage(
-            "layers",
-            "one layer against eager PEFT, torch.compile and the frozen linear",
-            list(layer_cases(setting)),
+            "layers", "a layer against eager PEFT, torch.compile, the frozen linear", layers, case_seconds=150
         ),
-        Stage("model", "a training step of two Llama-shaped layers", list(model_cases(setting))),
-        Stage("memory", "peak memory and bytes kept of that step", list(memory_cases(setting))),
+        Stage("model", "a training step of two Llama-shaped layers", models),
+        Stage("memory", "peak memory and bytes kept of that step", memory),
     ]
 
 
@@ -196,6 +202,8 @@ def recorded(route: str, layer: LayerCase) -> dict[str, list[Any]]:
     # Launches are recorded in the thread that asks for it; autograd would use one of its own on a GPU.
     with torch.autograd.set_multithreading_enabled(False), record() as backward:
         torch.autograd.grad(y, provider.leaves(o), o.dy)
+    if route in ("thin", "split") and not (forward and backward):
+        raise RuntimeError(f"route {route} made launches that were not recorded: {forward=}, {backward=}")
     return {"forward": forward, "backward": backward}
 
 
@@ -246,15 +254,14 @@ def layer_cases(setting: Setting) -> Iterator[Case]:
 
 
 def bench_layer(layer: LayerCase, names: Sequence[str] | None, budget_s: float) -> list[dict[str, Any]]:
-    """Rows for forward and for forward plus backward; raises if a provider of ours is not correct."""
+    """Rows for forward and for forward plus backward; a route of ours without a number is a failure."""
     providers: list[Provider] = providers_for(names or default_names(layer), layer)
     rows = measure(layer, providers, ("both", "forward"), budget_s=budget_s)
-    faults = {row.provider: row.status for row in rows if row.status != "ok"}
+    result = [asdict(row) for row in rows]
+    faults = {row.provider: row.status for row in rows if row.status != "ok" and row.provider not in OTHERS}
     if faults:
-        raise RuntimeError(
-            f"no numbers for {faults}; the others: {[asdict(row) for row in rows if row.status == 'ok']}"
-        )
-    return [asdict(row) for row in rows]
+        raise PartlyFailed(f"no numbers for {faults}", result)
+    return result
 
 
 def model_cases(setting: Setting) -> Iterator[Case]:

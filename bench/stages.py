@@ -7,6 +7,7 @@ on behind it.
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import time
@@ -17,10 +18,18 @@ from typing import Any
 
 from lowrank_fused.benchmark import write_json
 
-__all__ = ["Case", "Stage", "Store", "fingerprint", "run_stage"]
+__all__ = ["Case", "PartlyFailed", "Stage", "Store", "fingerprint", "run_stage"]
 
 ROOT = Path(__file__).resolve().parents[1]
 BAD = ("failed", "crashed")
+
+
+class PartlyFailed(Exception):
+    """A failure beside which there are results that are worth keeping."""
+
+    def __init__(self, message: str, result: Any) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 @dataclass(frozen=True)
@@ -33,12 +42,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Stage:
-    """Cases in order of priority and the seconds that one run may spend on them."""
+    """Cases in order of priority, the seconds that one run may spend on them and that one case may take."""
 
     name: str
     what: str
     cases: Sequence[Case]
     seconds: float = 230.0
+    case_seconds: float = 90.0
 
 
 def fingerprint() -> str:
@@ -109,6 +119,7 @@ def run_stage(
     *,
     healthy: Callable[[], bool] = lambda: True,
     say: Callable[[str], None] = lambda line: None,
+    watchdog: bool = False,
 ) -> bool:
     """Run cases until all have a result or time (`time.time()`) is past `until`; False once the device is
     unusable.
@@ -124,10 +135,17 @@ def run_stage(
             return True
         store.put(stage.name, case.name, status="running")
         begun = time.perf_counter()
+        if watchdog:
+            faulthandler.dump_traceback_later(stage.case_seconds, exit=True)
         try:
             result: dict[str, Any] = {"status": "ok", "result": case.run()}
         except Exception as failure:
             result = {"status": "failed", "error": f"{type(failure).__name__}: {failure}"[:4000]}
+            if isinstance(failure, PartlyFailed):
+                result["result"] = failure.result
+        finally:
+            if watchdog:
+                faulthandler.cancel_dump_traceback_later()
         seconds = round(time.perf_counter() - begun, 2)
         store.put(stage.name, case.name, seconds=seconds, **result)
         error = result.get("error", "")

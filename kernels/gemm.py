@@ -64,7 +64,7 @@ _TILES: dict[str, list[tuple[Tile, float]]] = {
 
 
 def choose_gemm_tile(
-    rows: int, cols: int, rank: int, dtype: torch.dtype, access: Access, arch: int, sms: int, masked: bool = False
+    rows: int, cols: int, rank: int, dtype: torch.dtype, access: Access, sms: int
 ) -> Tile:
     """The tile whose waves over the GPU are expected to take least time; block_n is along the output's columns.
 
@@ -79,9 +79,9 @@ def choose_gemm_tile(
         return cdiv(tiles, sms) * tile.block_m * tile.block_n / share
 
     tile, _ = min(_TILES[access], key=time)
-    # Loads that are not vectors, and a mask beside mma.sync's accumulators, leave registers for one thin block only.
-    narrow = rank <= 16 or rank % 16 != 0 or (masked and arch < 90)
-    return replace(tile, block_r=16 if narrow else 32)
+    # Loads that are not vectors, and accumulators of mma.sync, leave registers for one narrow block of u and f.
+    wide = tile.use_tma and rank > 16 and rank % 16 == 0
+    return replace(tile, block_r=32 if wide else 16)
 
 
 def access_of(*matrices: Tensor, arch: int) -> Access:

@@ -84,10 +84,10 @@ def _grad_input_tma_kernel(
 
 
 def choose_tile(
-    M: int, N: int, K: int, R: int, dtype: torch.dtype, access: Access, arch: int, sms: int, masked: bool = False
+    M: int, N: int, K: int, R: int, dtype: torch.dtype, access: Access, sms: int
 ) -> Tile:
-    """Block sizes for dx [M, K] on a GPU with `sms` multiprocessors of capability `arch`."""
-    tile = choose_gemm_tile(M, K, R, dtype, access, arch, sms, masked)
+    """Block sizes for dx [M, K] on a GPU with `sms` multiprocessors."""
+    tile = choose_gemm_tile(M, K, R, dtype, access, sms)
     return replace(tile, block_n=tile.block_k, block_k=tile.block_n)
 
 
@@ -113,9 +113,7 @@ def grad_input(
     if dx.numel() == 0:
         return dx
     if tile is None:
-        arch = arch_of(dy)
-        access = access_of(dy, w, dx, arch=arch)
-        tile = choose_tile(M, N, K, R, dy.dtype, access, arch, sm_count(dy), mask is not None)
+        tile = choose_tile(M, N, K, R, dy.dtype, access_of(dy, w, dx, arch=arch_of(dy)), sm_count(dy))
     tiles = cdiv(M, tile.block_m) * cdiv(K, tile.block_k)
     args = dict(ds_ptr=ds, a_ptr=a, mask_ptr=mask, M=M, N=N, K=K, R=R, keep_scale=1 / (1 - dropout_p))
     if ds is not None and a is not None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-__all__ = ["INTERPRETING", "Launch", "Tile", "arch_of", "cdiv", "record", "sm_count", "targeting"]
+__all__ = ["INTERPRETING", "Launch", "Tile", "arch_of", "cdiv", "record", "shared_bytes", "sm_count", "targeting", "zeroed_counters"]
 
 # Decorators read the same variable when kernels are defined, so it cannot change later.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -46,6 +46,9 @@ _SCALAR_TYPES = {
 
 # Multiprocessors assumed where the GPU is not here: A100, A10, RTX 4090, H100, B200, RTX 5090.
 _SM_COUNTS = {80: 108, 86: 72, 89: 128, 90: 132, 100: 148, 120: 170}
+
+# Shared memory that one program may have, in KiB.
+_SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
 def cdiv(x: int, y: int) -> int:
@@ -185,3 +188,27 @@ def sm_count(x: Tensor) -> int:
     if x.device.type == "cuda":
         return _multiprocessors(x.device.index)
     return _SM_COUNTS.get(arch_of(x), 1)
+
+
+def shared_bytes(arch: int) -> int:
+    """Shared memory that one program may have; the least of the known for a capability that is not."""
+    return 1024 * _SHARED_KIB.get(arch, 99)
+
+
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def zeroed_counters(like: Tensor, count: int) -> Tensor:
+    """int32 zeros for `count` arrival counters on the device of `like`.
+
+    Kernels leave their counters at zero, so one buffer serves all launches of a stream, which follow one another:
+    no launch is spent on clearing them.
+    """
+    if like.device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32, device=like.device)
+    key = (like.device.index, torch.cuda.current_stream(like.device).cuda_stream)
+    counters = _counters.get(key)
+    if counters is None or counters.numel() < count:
+        counters = torch.zeros(max(count, 4096), dtype=torch.int32, device=like.device)
+        _counters[key] = counters
+    return counters

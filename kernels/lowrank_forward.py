@@ -75,9 +75,9 @@ def _lowrank_forward_tma_kernel(
         y_desc.store([row, col], acc.to(y_desc.dtype))
 
 
-def choose_tile(M: int, N: int, K: int, R: int, dtype: torch.dtype, access: Access, arch: int, sms: int) -> Tile:
-    """Block sizes for y [M, N] on a GPU with `sms` multiprocessors of capability `arch`."""
-    return choose_gemm_tile(M, N, R, dtype, access, arch, sms)
+def choose_tile(M: int, N: int, K: int, R: int, dtype: torch.dtype, access: Access, sms: int) -> Tile:
+    """Block sizes for y [M, N] on a GPU with `sms` multiprocessors."""
+    return choose_gemm_tile(M, N, R, dtype, access, sms)
 
 
 def lowrank_forward(
@@ -94,8 +94,7 @@ def lowrank_forward(
     if y.numel() == 0:
         return y
     if tile is None:
-        arch = arch_of(x)
-        tile = choose_tile(M, N, K, R, x.dtype, access_of(x, w, y, arch=arch), arch, sm_count(x))
+        tile = choose_tile(M, N, K, R, x.dtype, access_of(x, w, y, arch=arch_of(x)), sm_count(x))
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     thin = dict(v_ptr=v.contiguous(), b_ptr=b.contiguous(), bias_ptr=bias, M=M, N=N, K=K, R=R)
     thin |= dict(RANK_MULTIPLE=rank_multiple(R))

@@ -7,20 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import draw_bits, spread_bits
-from .launch import Launch, Tile, arch_of, cdiv
+from .dropout import draw_bits, keep_scale, lane_threshold, spread_bits
+from .launch import Launch, Tile, arch_of, cdiv, shared_bytes, sm_count
 from .tile import dot
 
-__all__ = ["MAX_BLOCK_R", "choose_tile", "shrink"]
-
-# A larger rank takes one more program per row block, and x is read again (from L2, in the main).
-MAX_BLOCK_R = 128
+__all__ = ["block_of_rank", "choose_tile", "launch_shrink", "shrink"]
 
 
 @triton.jit
-def _store_core(s, offs_m, offs_r, mask_m, core_ptr, v_ptr, R, RV, scale, IO: tl.constexpr, CORE: tl.constexpr,
-                BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
+def _store_core(
+    s, core_ptr, v_ptr, offs_m, offs_r, mask_m, R, RV, scale, CORE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr
+):  # fmt: skip
     """Store v = scale · core(s); s fp32 [BLOCK_M, BLOCK_R], v [M, RV]."""
+    IO: tl.constexpr = v_ptr.dtype.element_ty
     mask_r = offs_r < R
     v_rows = v_ptr + offs_m[:, None] * RV
     mask_s = mask_m[:, None] & mask_r[None, :]
@@ -32,7 +31,7 @@ def _store_core(s, offs_m, offs_r, mask_m, core_ptr, v_ptr, R, RV, scale, IO: tl
         offs_v = tl.arange(0, BLOCK_V)
         mask_c = mask_r[:, None] & (offs_v < RV)[None, :]
         c = tl.load(core_ptr + offs_v[None, :] * R + offs_r[:, None], mask=mask_c, other=0.0).to(IO)
-        v = dot(s.to(IO), c, tl.zeros((s.shape[0], BLOCK_V), tl.float32)) * scale
+        v = dot(s.to(IO), c, tl.zeros((BLOCK_M, BLOCK_V), tl.float32)) * scale
         tl.store(v_rows + offs_v[None, :], v.to(IO), mask=mask_m[:, None] & (offs_v < RV)[None, :])
     else:
         if CORE == "diag":
@@ -74,7 +73,7 @@ def _shrink_kernel(
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         a = tl.load(a_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
         if seed_ptr is not None:
-            bits = draw_bits(seed, offs_m, offs_byte + k // 8, K, threshold)
+            bits = draw_bits(seed, offs_m, offs_byte + k // 8, row_bytes, threshold)
             if mask_ptr is not None:
                 mask_bits = mask_m[:, None] & (offs_byte < row_bytes - k // 8)[None, :] & (pid_r == 0)
                 bit_ptrs = mask_ptr + offs_m[:, None] * row_bytes + (offs_byte + k // 8)[None, :]
@@ -92,13 +91,30 @@ def _shrink_kernel(
         t = tl.load(t_ptr + offs_m[:, None] * R + offs_r[None, :], mask=mask_s, other=0.0).to(tl.float32)
         tl.store(dcore_parts_ptr + pid_m * R + offs_r, tl.sum(acc * t, axis=0) * scale, mask=mask_r)
     if v_ptr is not None:
-        _store_core(acc, offs_m, offs_r, mask_m, core_ptr, v_ptr, R, RV, scale, IO, CORE, BLOCK_R, BLOCK_V)
+        _store_core(acc, core_ptr, v_ptr, offs_m, offs_r, mask_m, R, RV, scale, CORE, BLOCK_M, BLOCK_V)
 
 
-def choose_tile(m: int, r: int, dtype: torch.dtype, dropout: bool, arch: int) -> Tile:
-    """Block sizes for x [m, ·] and rank r."""
-    block_r = min(max(16, triton.next_power_of_2(r)), MAX_BLOCK_R)
-    return Tile(block_m=64, block_k=128, block_r=block_r)
+def block_of_rank(R: int, dtype: torch.dtype) -> int:
+    """Ranks that one program serves: all of them up to 128 (64 in fp32, whose products are not on tensor cores)."""
+    return min(max(16, triton.next_power_of_2(R)), 64 if dtype == torch.float32 else 128)
+
+
+def choose_tile(M: int, R: int, dtype: torch.dtype, arch: int, sms: int) -> Tile:
+    """Blocks for x [M, ·] and rank R: as many rows as still occupy every multiprocessor, 32 KiB of x under way."""
+    block_r = block_of_rank(R, dtype)
+    if dtype == torch.float32:
+        return Tile(block_m=32, block_k=32, block_r=block_r, num_warps=4, num_stages=4)
+    if arch >= 100 and block_r == 128:
+        return Tile(block_m=64, block_k=128, block_r=block_r, num_warps=8, num_stages=4)
+    # sm_100 has 64-row products only in tensor memory, and the way there costs more than mma.sync on 32 rows.
+    tallest = 32 if 100 <= arch < 120 else 64
+    fitting = (rows for rows in (64, 32) if rows <= tallest and cdiv(M, rows) * cdiv(R, block_r) >= 0.9 * sms)
+    block_m = next(fitting, 16)
+    block_k = 64 if block_r >= 64 and block_m > 16 else 128
+    wanted = 1 + cdiv(32 * 1024, 2 * block_m * block_k)
+    # One more tile of x: where the mask is applied.
+    affordable = (shared_bytes(arch) // 2 - block_m * block_k) // (block_k * (block_m + block_r))
+    return Tile(block_m=block_m, block_k=block_k, block_r=block_r, num_warps=4, num_stages=min(wanted, affordable, 6))
 
 
 def shrink(
@@ -113,39 +129,67 @@ def shrink(
     keep_s: bool = True,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(s, v, mask) for x [M, K] and a [R, K]: s = drop(x) Aᵀ [M, R], v = scale · core(s), packed mask bits.
+    """(s, v, mask): s = drop(x) Aᵀ [M, R], v = scale · core(s) [M, Rv] and the packed mask uint8 [M, ⌈K / 8⌉].
 
-    `core` is d [R], C [Rv, R] or g [M, E] by `core_kind` (diag, dense, gate). s and v have x's dtype; s is empty
-    without `keep_s`, mask without dropout. `seed` is an int64 [1] on x's device.
+    x [M, K] and a [R, K] may have any strides, a may be fp32 beside 16-bit x. `core` is d [R], C [Rv, R] or g [M, E]
+    as `core_kind` says (diag, dense, gate). `seed` is an int64 [1] on x's device. s and v have x's dtype, each rounded
+    once; s is empty without `keep_s`, mask without dropout. Reads x and a once, 2MKR FLOP.
     """
-    r, k = a.shape
-    m = x.shape[0]
-    tile = tile or choose_tile(m, r, x.dtype, dropout_p > 0, arch_of(x))
-    rv = r if core is None or core_kind == "diag" else core.shape[0] if core_kind == "dense" else r * core.shape[1]
-    # C needs all of s at once; beyond one tile of ranks it is a product on [M, R].
-    fused = core_kind != "dense" or max(r, rv) <= tile.block_r
-    mask = torch.empty(m, cdiv(k, 8), dtype=torch.uint8, device=x.device) if dropout_p else x.new_empty(0, dtype=torch.uint8)
-    s = torch.empty(m, r, dtype=x.dtype, device=x.device) if keep_s or not fused else x.new_empty(0)
-    v = torch.empty(m, rv, dtype=x.dtype, device=x.device) if fused else x.new_empty(0)
-    core = None if core is None else core.contiguous()
-    launch_shrink(x, a, core, core_kind, scale, dropout_p, seed, s if s.numel() else None, v if fused else None, mask if dropout_p else None, tile)
-    if not fused:
-        v = torch.mm(s, core.t().to(s.dtype)) * scale
+    (M, K), R = x.shape, a.shape[0]
+    if tile is None:
+        tile = choose_tile(M, R, x.dtype, arch_of(x), sm_count(x))
+    RV = {"none": R, "diag": R, "dense": core.shape[0], "gate": R * core.shape[-1]}[core_kind] if core is not None else R
+    # C meets all ranks of s at once. Beyond one block of them it is a product of its own, on [M, R].
+    fused = core_kind != "dense" or max(R, RV) <= tile.block_r
+    s = torch.empty((M, R), dtype=x.dtype, device=x.device) if keep_s or not fused else x.new_empty(0)
+    v = torch.empty((M, RV), dtype=x.dtype, device=x.device) if fused else None
+    mask = x.new_empty(0, dtype=torch.uint8)
+    if dropout_p:
+        mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device)
+    if M:
+        launch_shrink(
+            x, a, s if keep_s or not fused else None, v, scale=scale, core=core, core_kind=core_kind,
+            dropout_p=dropout_p, seed=seed, mask=mask, tile=tile,
+        )  # fmt: skip
+    if v is None:
+        v = torch.mm(s, core.t().to(s.dtype)).mul_(scale)
     return s, v, mask
 
 
-def launch_shrink(x, a, core, core_kind, scale, dropout_p, seed, s, v, mask, tile, t=None, dcore_parts=None) -> None:
-    r, k = a.shape
-    m = x.shape[0]
-    rv = v.shape[1] if v is not None else r
+def launch_shrink(
+    x: Tensor,
+    a: Tensor,
+    s: Tensor | None,
+    v: Tensor | None,
+    *,
+    scale: float,
+    core: Tensor | None,
+    core_kind: str,
+    tile: Tile,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    mask: Tensor | None = None,
+    t: Tensor | None = None,
+    dcore_parts: Tensor | None = None,
+) -> None:
+    """One launch that fills those of s, v, mask and (given t [M, R]) dcore_parts [row blocks, R] that are there."""
+    (M, K), R = x.shape, a.shape[0]
+    RV = R if v is None else v.shape[1]
+    outputs = [out for out in (s, v, mask if dropout_p else None, dcore_parts) if out is not None]
     Launch(
         _shrink_kernel,
-        (cdiv(r, tile.block_r), cdiv(m, tile.block_m)),
+        (cdiv(R, tile.block_r), cdiv(M, tile.block_m)),
         dict(
-            x_ptr=x, a_ptr=a, core_ptr=core, seed_ptr=seed if dropout_p else None, t_ptr=t, s_ptr=s, v_ptr=v, mask_ptr=mask, dcore_parts_ptr=dcore_parts,
-            M=m, K=k, R=r, RV=rv, scale=scale, keep_scale=1.0 / (1.0 - dropout_p), threshold=min(round(dropout_p * 65536), 65535) - 32768,
+            x_ptr=x, a_ptr=a, core_ptr=None if core is None else core.contiguous(), seed_ptr=seed if dropout_p else None,
+            t_ptr=t, s_ptr=s, v_ptr=v, mask_ptr=mask if dropout_p else None, dcore_parts_ptr=dcore_parts,
+            M=M, K=K, R=R, RV=RV,
+            scale=float(scale), keep_scale=keep_scale(dropout_p), threshold=lane_threshold(dropout_p),
             stride_xm=x.stride(0), stride_xk=x.stride(1), stride_ar=a.stride(0), stride_ak=a.stride(1),
-            CORE=core_kind, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r, BLOCK_V=max(16, triton.next_power_of_2(rv)),
+            CORE=core_kind,
+            BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r, BLOCK_V=max(16, triton.next_power_of_2(RV)) if core_kind == "dense" else 16,
         ),
         tile,
-    ).run()
+        bytes_read=sum(i.nbytes for i in (x, a, core, t) if i is not None),
+        bytes_written=sum(out.nbytes for out in outputs),
+        flops=2 * M * K * R,
+    ).run()  # fmt: skip

@@ -37,16 +37,31 @@ def grouped_order(pid, num_pid_m, num_pid_n, GROUP_M: tl.constexpr = 8):
 
 
 @triton.jit
-def reduce_slice(parts_ptr, out_ptr, count, size, pid, programs, BLOCK: tl.constexpr):
-    """out[i] = Σ_c parts[c, i], c ascending, for the blocks of i that are program `pid`'s of `programs`.
+def reduce_parts(parts_ptr, out_ptr, count, size, first, last, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = Σ_c parts[c, i] for first ≤ i < last, in an order that the shapes fix; parts fp32 [count, size].
 
-    parts fp32 [count, size]; out takes the cast. Nobody else writes these blocks, so no second stage and no atomics.
+    BLOCK_C parts are in flight at a time. They may have been written by other programs of the same launch, so the
+    loads bypass L1.
     """
-    for start in range(pid * BLOCK, size, programs * BLOCK):
+    offs_c = tl.arange(0, BLOCK_C)
+    for start in range(first, last, BLOCK):
         offs = start + tl.arange(0, BLOCK)
-        part_ptrs = parts_ptr + offs
         acc = tl.zeros((BLOCK,), tl.float32)
-        for _ in tl.range(0, count, loop_unroll_factor=4):
-            acc += tl.load(part_ptrs, mask=offs < size, other=0.0)
-            part_ptrs += size
-        tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < size)
+        for c in range(0, count, BLOCK_C):
+            mask = (offs_c < count - c)[:, None] & (offs < last)[None, :]
+            part_ptrs = parts_ptr + (c + offs_c).to(tl.int64)[:, None] * size + offs[None, :]
+            acc += tl.sum(tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg"), axis=0)
+        tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < last)
+
+
+@triton.jit
+def is_last_to_arrive(counter_ptr, count):
+    """Whether this program is the last of `count` to come here; it then sees what all of them stored before.
+
+    The counter must be zero before the first arrives and is zero again after the last.
+    """
+    tl.debug_barrier()  # every thread's stores come before the program's arrival
+    is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == count - 1
+    if is_last:
+        tl.store(counter_ptr, 0)
+    return is_last

@@ -85,8 +85,12 @@ class AdapterFiles:
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keys without the prefix, which adapters of transformers' own add_adapter() lack from the start."""
-    return {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
+    """Keys without the prefix, which adapters of transformers' own add_adapter() lack from the start.
+
+    With bias="all" PEFT writes the biases of modules_to_save once more under the names of its wrapper: left out.
+    """
+    kept = {k: v for k, v in tensors.items() if ".modules_to_save." not in k and ".original_module." not in k}
+    return {key.removeprefix(_PREFIX): value for key, value in kept.items()}
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

@@ -23,6 +23,8 @@ __all__ = ["load_adapter", "save_adapter"]
 
 # PEFT holds these as nn.Linear modules, so their keys end in .weight.
 _LINEAR_TENSORS = ("lora_A", "lora_B")
+# What inject and the methods raise when a config does not fit a model.
+_MISFITS = (ValueError, TypeError, UnsupportedError)
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, frozen: str = "save") -> None:
@@ -35,10 +37,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, frozen: str 
         model: a model that went through `inject`.
         path: a folder, made if need be; an adapter in it is replaced.
         frozen: "save" writes a method's frozen matrices (LoLDU's factors) too, so that trained values never
-        meet another
-            basis. "hash" writes their SHA-256 instead: loading computes them from the base weight again and
-            refuses if a single bit differs, as it may with another LAPACK or device. Frozen vectors are
-            always written.
+            meet another basis. "hash" writes their SHA-256 instead: loading computes them from the base
+            weight again and refuses if a single bit differs, as it may with another LAPACK, device or dtype.
+            Frozen vectors are always written.
     """
     if frozen not in ("save", "hash"):
         raise ValueError(f"frozen must be 'save' or 'hash', got {frozen!r}")
@@ -65,11 +66,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load an adapter that `save_adapter` or, for LoRA, PEFT's `save_pretrained` wrote.
 
     A model without adapters gets them first, as `inject` would do, but without drawing or decomposing
-    anything that the files hold. On a model with adapters the files must describe the same ones. Everything
-    is checked before anything is
-    written: another method, rank, shape or scale, a missing or unknown key, another basis or a damaged file
-    raises CheckpointError and leaves the model as it was. Returns the same model, with its adapters
-    trainable.
+    anything that the files hold. On a model with adapters the files must describe the same ones.
+
+    Everything is checked before anything is written: another method, rank, shape or scale, a missing or
+    unknown key, another basis or a damaged file raises CheckpointError and leaves the model as it was.
+    Returns the same model, with its adapters trainable.
     """
     model = unwrap(model)
     files = AdapterFiles.read(Path(path))
@@ -82,15 +83,16 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         assert record is not None
         if not fresh:
             _check_same_adapters(config, layers)
-        _write(files, _tensors(model, layers, record), _starts(layers), layers)
+        tensors = _tensors(model, layers, record)
+        for alias in _aliases(model, tensors):
+            files.tensors.pop(alias, None)
+        _write(files, tensors, _starts(layers), layers)
     except BaseException as error:
         if fresh and injection_of(model) is not None:
             remove(model)
-        if isinstance(error, (ValueError, TypeError, UnsupportedError)) and not isinstance(
-            error, CheckpointError
-        ):
-            raise CheckpointError(f"{path}: {error}") from error
-        raise
+        if isinstance(error, CheckpointError) or not isinstance(error, _MISFITS):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
     return model
 
 
@@ -111,14 +113,20 @@ def _tensors(model: nn.Module, layers: dict[str, LowRankLinear], record: Injecti
     return found
 
 
+def _aliases(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Further names of tied tensors, under which PEFT writes them again (BERT's decoder bias)."""
+    known = {id(tensor) for tensor in tensors.values()}
+    state = model.state_dict(keep_vars=True)
+    return [name for name, tensor in state.items() if name not in tensors and id(tensor) in known]
+
+
 def _starts(layers: dict[str, LowRankLinear]) -> dict[str, Tensor]:
     """Key -> starting value, for residual layers."""
-    residual = {path: layer for path, layer in layers.items() if layer.residual}
-    return {
-        f"{p}.start_{n}": getattr(layer, f"start_{n}")
-        for p, layer in residual.items()
-        for n in layer.trained_names
-    }
+    found: dict[str, Tensor] = {}
+    for path, layer in layers.items():
+        names = [f"start_{name}" for name in layer.trained_names] if layer.residual else []
+        found.update({f"{path}.{name}": getattr(layer, name) for name in names})
+    return found
 
 
 def _target_names(model: nn.Module, record: Injection) -> str | Iterable[str]:
@@ -128,9 +136,7 @@ def _target_names(model: nn.Module, record: Injection) -> str | Iterable[str]:
     endings = {path.rpartition(".")[2] for path in record.paths}
     others = {path for path, _ in model.named_modules(remove_duplicate=False)} - set(record.paths)
     inside = tuple(f"{path}." for path in record.saved_whole)
-    ambiguous = any(
-        matches(endings, path) and not f"{path}.".startswith(inside or ("\0",)) for path in others
-    )
+    ambiguous = any(matches(endings, path) and not f"{path}.".startswith(inside) for path in others)
     return record.paths if ambiguous else endings
 
 
@@ -138,9 +144,8 @@ def _without_absent_heads(config: AdapterConfig, model: nn.Module) -> AdapterCon
     """PEFT lists "classifier" and "score" in modules_to_save, whichever the model has; keep those present."""
     if config.modules_to_save is None:
         return config
-    present = [
-        n for n in config.modules_to_save if any(matches([n], path) for path, _ in model.named_modules())
-    ]
+    paths = [path for path, _ in model.named_modules()]
+    present = [name for name in config.modules_to_save if any(matches([name], path) for path in paths)]
     return AdapterConfig(**{**config.to_dict(), "modules_to_save": present or None})
 
 
@@ -164,10 +169,8 @@ def _maker(files: AdapterFiles) -> Callable[..., LowRankLinear]:
     def real(meta: Tensor, device: torch.device) -> Tensor:
         if id(meta) not in made:
             zeros = torch.zeros_like(meta, device=device, requires_grad=False)
-            made[id(meta)] = (
-                meta,
-                nn.Parameter(zeros, meta.requires_grad) if isinstance(meta, nn.Parameter) else zeros,
-            )
+            leaf = nn.Parameter(zeros, meta.requires_grad) if isinstance(meta, nn.Parameter) else zeros
+            made[id(meta)] = meta, leaf
         return made[id(meta)][1]
 
     def make(linear: nn.Module, config: AdapterConfig, path: str, site: Site) -> LowRankLinear:
@@ -192,12 +195,9 @@ def _check_same_adapters(config: AdapterConfig, layers: dict[str, LowRankLinear]
                 f"the files hold {config.method!r}, the model has {layer.method.name!r} at {path}"
             )
         start, rank, _ = _start_of(config, path, layer.matrix)
+        constants = {name: getattr(layer, name, None) for name in start.constants}
         theirs = {"rank": rank, "residual": start.residual, **start.constants}
-        ours = {
-            "rank": layer.rank,
-            "residual": layer.residual,
-            **{n: getattr(layer, n) for n in start.constants},
-        }
+        ours = {"rank": layer.rank, "residual": layer.residual, **constants}
         if theirs != ours:
             raise CheckpointError(
                 f"{path}: the files were written with {theirs}, the model's layer has {ours}"
@@ -222,22 +222,35 @@ def _write(
         for key, value in ours.items()
         if key in theirs and theirs[key].shape != value.shape
     ]
+    wrong += [
+        f"{key} is {theirs[key].dtype} in the file and {value.dtype} in the model"
+        for key, value in ours.items()
+        if key in theirs and theirs[key].is_floating_point() != value.is_floating_point()
+    ]
     other_basis = [key for key, known in files.hashes.items() if key in ours and sha256(ours[key]) != known]
     problems = {
         "missing from the files": missing,
         "unknown to the model": unknown,
-        "of another shape": wrong,
+        "of another shape or kind": wrong,
         "not the basis that was trained in (another weight or LAPACK; save with frozen='save')": other_basis,
     }
     said = [f"{len(keys)} {what}: {', '.join(keys[:3])}" for what, keys in problems.items() if keys]
     if said:
         raise CheckpointError(f"{files.folder} does not fit this model; {'; '.join(said)}")
-    with torch.no_grad():
-        for key, value in theirs.items():
-            ours[key].copy_(value)
-    for layer in layers.values():
-        if starts and layer.residual:
-            layer.rebase()
+    before = {key: value.detach().clone() for key, value in ours.items()}
+    try:
+        _copy(theirs, ours, layers if starts else {})
+    except BaseException:  # a residual that is not finite
+        _copy(before, ours, layers if starts else {})
+        raise
+
+
+@torch.no_grad()
+def _copy(values: dict[str, Tensor], to: dict[str, Tensor], residual: dict[str, LowRankLinear]) -> None:
+    for key, value in values.items():
+        to[key].copy_(value)
+    for layer in residual.values():
+        layer.rebase()
 
 
 def _refuse_random_residual(files: AdapterFiles) -> None:

@@ -57,7 +57,7 @@ TracebackFlag = Annotated[
 
 
 @contextlib.contextmanager
-def in_a_sentence(traceback: bool) -> Iterator[None]:
+def in_a_sentence(traceback: bool, unsupported: int = USAGE) -> Iterator[None]:
     """Turn the package's errors into one line on stderr and an exit status."""
     try:
         yield
@@ -65,7 +65,7 @@ def in_a_sentence(traceback: bool) -> Iterator[None]:
         if traceback:
             raise
         err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(NO_GPU if isinstance(error, UnsupportedError) else USAGE) from None
+        raise typer.Exit(unsupported if isinstance(error, UnsupportedError) else USAGE) from None
 
 
 @app.command(epilog=EXIT_CODES)
@@ -89,7 +89,7 @@ def doctor(
 
       lowrank-fused doctor --need-gpu && python train.py
     """
-    with in_a_sentence(traceback):
+    with in_a_sentence(traceback), err.status("looking around"):
         diagnosis = diagnose(self_check=check)
     if as_json:
         print(json.dumps(diagnosis.as_dict(), indent=1))
@@ -132,7 +132,7 @@ def methods_command(
 
       lowrank-fused methods --model roberta-base --targets qv --method loldu --rank 768
     """
-    with in_a_sentence(traceback):
+    with in_a_sentence(traceback), err.status("counting"):
         names = method or list(methods.registry())
         facts = [method_facts(name) for name in names]
         chosen = _options(option)
@@ -226,7 +226,7 @@ def bench(
       lowrank-fused bench --model llama-3-8b --targets k_proj --provider eager --provider thin --provider
       split
     """
-    with in_a_sentence(traceback):
+    with in_a_sentence(traceback, unsupported=NO_GPU):
         where = _device(device)
         on_gpu = where.type == "cuda"
         number_type = benchmark.parse_dtype(dtype or ("bf16" if on_gpu else "fp32"))

@@ -107,7 +107,7 @@ class AdapterConfig:
             "r": given["r"],
             "lora_alpha": given["lora_alpha"],
             "lora_dropout": given["lora_dropout"] or 0.0,
-            "target_modules": _names(target_modules),
+            "target_modules": ALL_LINEAR if _is_all_linear(target_modules) else _names(target_modules),
             "exclude_modules": _names(exclude_modules),
             "rank_pattern": dict(rank_pattern or {}),
             "alpha_pattern": dict(alpha_pattern or {}),
@@ -224,6 +224,10 @@ class AdapterConfig:
         ):  # data-driven start with W untouched: the values are in the file
             kept["init_lora_weights"] = True
         return cls(method, **kept)
+
+
+def _is_all_linear(value: Any) -> bool:
+    return isinstance(value, str) and value.lower() == ALL_LINEAR
 
 
 def _names(value: str | Iterable[str] | None) -> Any:

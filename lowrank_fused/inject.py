@@ -139,7 +139,7 @@ def _make(
                 "leaves the weight alone, or exclude the layer"
             )
     layer.tied_to = target.tied_to
-    layer.park_original()
+    layer.park_replaced()
     return layer
 
 
@@ -176,7 +176,7 @@ def _require_grad(model: nn.Module, names: set[str]) -> None:
 def _warn_about(skipped: dict[str, str]) -> None:
     if skipped:
         listed = "; ".join(f"{path}: {why}" for path, why in list(skipped.items())[:3])
-        warnings.warn(f"{len(skipped)} linear layers carry no adapter, for example {listed}", stacklevel=4)
+        warnings.warn(f"linear layers without an adapter: {len(skipped)}, for example {listed}", stacklevel=4)
 
 
 def remove(model: nn.Module) -> nn.Module:

@@ -20,8 +20,7 @@ from .methods import Site, Start
 
 __all__ = ["LowRankLinear"]
 
-# What a user may have hung onto the linear: the layer takes the very same objects over, so that hooks keep
-# firing.
+# What a user may have hung onto the linear. The layer takes over the same objects, so that hooks keep firing.
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -96,12 +95,9 @@ class LowRankLinear(nn.Module):
 
         Args:
             linear: an nn.Linear or a transformers Conv1D with a plain floating-point weight. The layer shares
-            its
-                weight and bias objects, and freezes them (the bias stays trained unless config.bias is
-                "none").
-            config: an AdapterConfig, or its fields by name: `method="loldu", rank=64, alpha=64,
-            dropout=0.05`, ….
-                Its targets are not looked at.
+                its weight and bias objects and freezes them (the bias only if config.bias is "none").
+            config: an AdapterConfig, or its fields by name, `method="loldu", rank=64, dropout=0.05` say. Its
+                targets are not looked at.
             path: the layer's path in a model, for rank_pattern and alpha_pattern.
             site: the layer's place among others, for methods whose layers share tensors.
 
@@ -126,8 +122,7 @@ class LowRankLinear(nn.Module):
         self.trained_names, self.frozen_names = tuple(start.parameters), tuple(start.frozen)
         self._constants = dict(start.constants)
         tensors = {name: _leaf(value, dtype, True) for name, value in start.parameters.items()}
-        # Frozen vectors share the trained tensors' dtype: a difference to a start must be exactly zero at the
-        # start.
+        # Frozen vectors have the trained tensors' dtype: a difference to a start must be exactly zero at first.
         tensors |= {
             name: _leaf(value, dtype if value.dim() < 2 else value.dtype, False)
             for name, value in start.frozen.items()
@@ -230,11 +225,18 @@ class LowRankLinear(nn.Module):
         return self._released(linear)
 
     @torch.no_grad()
-    def park_original(self) -> None:
-        """Move a residual layer's original weight to the host, where it costs no GPU memory."""
-        if self.residual and not self.weight.is_meta:
-            original = self._replaced[0].weight
-            original.data = original.data.cpu()
+    def park_replaced(self) -> None:
+        """Make the replaced linear, which nobody calls any more, cost no memory on the device.
+
+        A residual layer's original weight moves to the host. Otherwise the linear lets go of the parameters
+        that the layer shares with it, so that whoever shards or replaces the layer's frees them.
+        """
+        linear = self._replaced[0]
+        if not self.residual:
+            linear._parameters["weight"] = None
+        elif not self.weight.is_meta:
+            linear.weight.data = linear.weight.data.cpu()
+        linear._parameters["bias"] = None
 
     @torch.no_grad()
     def original_linear(self) -> nn.Module:

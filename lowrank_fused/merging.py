@@ -10,29 +10,36 @@ from .terms import Gate, Terms
 
 __all__ = ["merged_weight"]
 
+# Elements of W that are widened at a time: 128 MiB in float64, whatever the size of W.
+_BLOCK = 2**24
+
 
 def merged_weight(weight: Tensor, terms: Terms) -> Tensor:
-    """W' = col · (W + scale · out · B · core · A), rounded once to W's dtype.
+    """W' = col · (W + scale · out · B · core · A), summed in float64 and rounded to W's dtype.
 
-    The sum is formed in float64 for a float32 or float64 weight and in float32 for a 16-bit one, so that the
-    rounding to W's dtype is the only error that matters: W' is within one unit in the last place of the exact
-    sum.
+    The rounding to W's dtype is the only error that counts: W' is within one unit in the last place of the
+    exact sum in every dtype, on every device, and whether or not TF32 is allowed.
 
     Args:
-        weight: W [N, K], any strides; is not written to.
-        terms: what the method makes of its tensors. A per-token gate has no single matrix: UnsupportedError.
+        weight: W [N, K], any strides; it is not written to.
+        terms: what the method makes of its tensors.
+
+    Raises UnsupportedError for a per-token gate, which no single matrix stands for.
     """
-    wide = torch.float64 if weight.dtype in (torch.float32, torch.float64) else torch.float32
-    b = terms.b.to(wide)
     if isinstance(terms.core, Gate):
-        raise UnsupportedError(
-            "a per-token gate weights the experts by the input, so there is no weight to merge into"
-        )
+        raise UnsupportedError("a per-token gate weights the experts by the input: no weight to merge into")
+    a, b = terms.a.double(), terms.b.double()
     if terms.core is not None:
-        b = b * terms.core.to(wide) if terms.core.dim() == 1 else b @ terms.core.to(wide)
+        core = terms.core.double()
+        b = b * core if core.dim() == 1 else b @ core
     if terms.out is not None:
-        b = b * terms.out.to(wide)[:, None]
-    total = torch.addmm(weight.to(wide), b, terms.a.to(wide), alpha=terms.scale)
-    if terms.col is not None:
-        total *= terms.col.to(wide)[:, None]
-    return total.to(weight.dtype)
+        b = b * terms.out.double()[:, None]
+    merged = torch.empty_like(weight)
+    step = max(1, _BLOCK // max(1, weight.shape[1]))
+    for first in range(0, len(weight), step):
+        rows = slice(first, first + step)
+        total = torch.addmm(weight[rows].double(), b[rows], a, alpha=terms.scale)
+        if terms.col is not None:
+            total *= terms.col[rows].double()[:, None]
+        merged[rows] = total.to(weight.dtype)
+    return merged

@@ -63,9 +63,7 @@ def modules_to_save(model: nn.Module, config: AdapterConfig) -> list[str]:
     for name in names:
         if not any(matches([name], path) for path in paths):
             endings = {path.rpartition(".")[2] for path in paths}
-            raise ValueError(
-                f"modules_to_save names {name!r}, which this model has not; {did_you_mean(name, endings)}"
-            )
+            raise ValueError(f"modules_to_save: the model has no {name!r}; {did_you_mean(name, endings)}")
     return [path for path in paths if matches(names, path)]
 
 
@@ -149,5 +147,8 @@ def _nothing_found(model: nn.Module, config: AdapterConfig, targets: Targets) ->
     linears = {path.rpartition(".")[2] for path, module in model.named_modules() if is_linear_like(module)}
     if not linears:
         return f"{type(model).__name__} has no linear layers"
-    wanted = config.target_modules if isinstance(config.target_modules, str) else config.target_modules[0]
+    if isinstance(config.target_modules, str):
+        rule = "as a string it is a regular expression for the whole path; give a list to name endings"
+        return f"target_modules={config.target_modules!r} matches no module; {rule}"
+    wanted = config.target_modules[0]
     return f"target_modules={config.target_modules!r} matches no module; {did_you_mean(wanted, linears)}"

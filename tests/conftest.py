@@ -39,3 +39,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run: the GPU, or the CPU in the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty returns NaN (or large integers), so that nothing an output forgot to write looks plausible."""
+    empty = torch.empty
+
+    def poison(*args, **kwargs) -> torch.Tensor:
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan") if out.is_floating_point() else 113)
+
+    monkeypatch.setattr(torch, "empty", poison)

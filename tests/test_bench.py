@@ -1,7 +1,8 @@
-"""The measuring core: it refuses what is wrong, counts bytes exactly, times in turn, and writes what it found."""
+"""The measuring core refuses what is wrong, counts bytes exactly, times in turn, writes what it found."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import subprocess
@@ -36,6 +37,7 @@ from lowrank_fused.benchmark.accuracy import SEED, recovered_mask
 from lowrank_fused.benchmark.measure import gate, ratios
 from lowrank_fused.benchmark.providers import eager
 from lowrank_fused.benchmark.record import commit
+from lowrank_fused.benchmark.timing import CudaClock
 from lowrank_fused.dropout import draw_keep, draw_seed, unpadded
 from lowrank_fused.errors import UnsupportedError
 
@@ -177,7 +179,7 @@ def test_flops_by_hand() -> None:
 def test_kept_bytes_by_hand() -> None:
     x, other = torch.ones(8, 4), torch.ones(8, 4, requires_grad=True)
     weight = torch.ones(4, 3, requires_grad=True)
-    # A product keeps x for the gradient of weight, and weight for that of x; the second x is a view of the first.
+    # A product keeps x for the gradient of weight and weight for that of x; the second x is a view.
     assert kept_bytes(lambda: x @ weight) == 8 * 4 * 4
     assert kept_bytes(lambda: (x @ weight, x[:4] @ weight)) == 8 * 4 * 4
     assert kept_bytes(lambda: other @ weight) == 8 * 4 * 4 + 4 * 3 * 4
@@ -185,7 +187,7 @@ def test_kept_bytes_by_hand() -> None:
     assert kept_bytes(lambda: other * other) == 8 * 4 * 4
     assert kept_bytes(lambda: other.exp()) == 8 * 4 * 4, "exp keeps its result"
     assert kept_bytes(lambda: other + 1) == 0
-    # Another storage of equal size, freed by Python before the next one is made, must not be taken for the same one.
+    # Storages of equal size that are freed one after the other must not be taken for the same one.
     assert kept_bytes(lambda: [torch.ones(8, 4) * other for _ in range(3)]) == 3 * 8 * 4 * 4
     meta = torch.ones(8, 4, device="meta", requires_grad=True)
     assert kept_bytes(lambda: meta @ meta.t()) == 8 * 4 * 4
@@ -217,10 +219,44 @@ def test_interleave_takes_turns() -> None:
         steps, clock, budget_s=0, min_rounds=4, on_round=lambda done, rounds: progress.append((done, rounds))
     )
     assert calls[:6] == ["a!", "b!", "c!"] * 2, "two warm-up calls each"
-    assert calls[6:] == "a! b! c! b! c! a! c! a! b! a! b! c!".split()
+    assert calls[6:] == [name + "!" for name in "abcbcacababc"]
     assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4, "c": 4}
     assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert len(interleave(steps, clock, budget_s=60, max_rounds=7)["a"]) == 7
+
+
+def test_cuda_clock_measures_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order: a sleep as long as the last enqueueing took, an event, the step, an event."""
+    stream: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            stream.append("event")
+
+        def synchronize(self) -> None:
+            stream.append("wait")
+
+        def elapsed_time(self, end: Any) -> float:
+            return 2.5
+
+    class Properties:
+        L2_cache_size = 50 << 20
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: stream.append("sleep" if cycles else "no sleep"))
+    clock = CudaClock(torch.device("cpu"))
+    assert clock.cold is not None and clock.cold.numel() == 100 << 20
+    step = Step(lambda state: stream.append(state), prepare=lambda: stream.append("prepare") or "run")  # type: ignore[func-returns-value]
+    assert clock(step) == clock(step) == 2.5
+    first = ["prepare", "no sleep", "event", "run", "event", "wait"]
+    assert stream == [*first, "prepare", "sleep", "event", "run", "event", "wait"]
+    assert clock.cold.count_nonzero() == 0
+    assert CudaClock(torch.device("cpu"), flush_l2=False).cold is None
 
 
 def test_ratios_are_taken_round_by_round() -> None:

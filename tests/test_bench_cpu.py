@@ -1,4 +1,4 @@
-"""The CPU benchmark against PEFT: it runs on small layers, finds wrong ones, and a missed goal is a failure."""
+"""The CPU benchmark against PEFT runs on small layers, finds wrong ones, and fails on a missed goal."""
 
 from __future__ import annotations
 

@@ -180,6 +180,7 @@ def test_methods_counts_in_a_model() -> None:
         (["--method", "lorra"], "did you mean 'lora'"),
         (["--model", "vit-b", "--method", "lora", "--rank", "0"], "positive"),
         (["--model", "vit-b", "--method", "lora", "--targets", "gate_proj"], "matches no module"),
+        (["--model", "vit-b", "--method", "lora", "--targets", "embeddings"], "can't carry an adapter"),
         (["--model", "vit-b", "--method", "lora", "--option", "use_rslora"], "name=value"),
         (["--model", "vit-b", "--method", "lora", "--option", "rslora=true"], "use_rslora"),
     ],

@@ -1,8 +1,9 @@
-"""The GPU check without a GPU: its stages run on small CPU layers, and it stops, crashes and resumes as it should."""
+"""The GPU check without a GPU: its stages run on small CPU layers; it stops, crashes and resumes."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -242,7 +243,7 @@ def test_a_stage_in_processes_of_its_own(
     """The first process dies in case a, the second asks for a new one after b, the third finishes."""
     stage = Stage("s", "", [Case(name, dict) for name in "abc"])
     store.save()
-    status = iter([-9, gpu_check.NEW_PROCESS, 0])
+    status = iter([-9, gpu_check.NEW_PROCESS, 0, 1])
 
     def process(command: list[str], seconds: float) -> int:
         assert (
@@ -250,18 +251,19 @@ def test_a_stage_in_processes_of_its_own(
             and 0 < seconds <= 60 + gpu_check.GRACE_SECONDS
         )
         child = Store(store.path)
-        name = child.left(stage)[0].name
-        child.put("s", name, status="running" if name == "a" else "ok")
-        return next(status)
+        if (code := next(status)) != 1:
+            name = child.left(stage)[0].name
+            child.put("s", name, status="running" if name == "a" else "ok")
+        return code
 
     monkeypatch.setattr(gpu_check, "run_group", process)
     gpu_check.run_apart(stage, store, tmp_path, time.time() + 60)
     assert statuses(store, "s") == {"a": "crashed", "b": "ok", "c": "ok"}
+    gpu_check.run_apart(Stage("t", "", stage.cases), store, tmp_path, time.time() + 60)
+    assert not store.cases("t"), "a process that cannot even begin is not started again and again"
 
 
 def test_a_hanging_process_is_stopped_with_its_children(tmp_path: Path) -> None:
-    import subprocess
-
     mark = tmp_path / "mark"
     child = f"import time; time.sleep(1.5); open({str(mark)!r}, 'w')"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
@@ -271,9 +273,25 @@ def test_a_hanging_process_is_stopped_with_its_children(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def test_kernel_tests_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    import subprocess
+def test_a_case_that_hangs_ends_its_process(tmp_path: Path) -> None:
+    program = f"""
+import time
+from pathlib import Path
+from bench.stages import Case, Stage, Store, run_stage
+cases = [Case("quick", dict), Case("hangs", lambda: time.sleep(60)), Case("behind", dict)]
+stage, store = Stage("s", "", cases, case_seconds=0.5), Store(Path({str(tmp_path / "r.json")!r}))
+run_stage(stage, store, time.time() + 60, watchdog=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=stages.ROOT, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 1 and "Timeout" in done.stderr and "<lambda>" in done.stderr
+    store = Store(tmp_path / "r.json")
+    store.settle("s")
+    assert statuses(store, "s") == {"quick": "ok", "hangs": "crashed"}
 
+
+def test_kernel_tests_report(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {
         "shrink": (0, "12 passed, 3 skipped in 4s"),
         "expand": (1, "1 failed, 2 passed"),

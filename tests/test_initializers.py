@@ -14,6 +14,7 @@ from lowrank_fused import initializers
 from lowrank_fused.initializers.ldu import diagonal, ldu
 
 DIAGONALS = ("lu", "uniform", "normal", "constant", "ones", "zeros", "s_uniform", "s_normal")
+IN_WS_DTYPE = {"autocast_adapter_dtype": False}
 SHAPES = [(12, 12, 12), (12, 12, 1), (20, 9, 9), (9, 20, 9), (33, 17, 5), (8, 40, 3), (1, 6, 1), (6, 1, 1)]
 
 
@@ -189,6 +190,8 @@ def test_all_eight_starts_are_the_base_layer(init_method, form, train_sigma, dty
     if form == "delta":
         assert layer.weight is linear.weight
         assert torch.equal(layer(x), linear(x))
+        same = lf.LowRankLinear.from_linear(linear, method="loldu", rank=8, alpha=5, **options, **IN_WS_DTYPE)
+        assert same.loldu_z.dtype == dtype and torch.equal(same(x), linear(x))
     else:
         exact = F.linear(x.double(), linear.weight.double(), linear.bias.double())
         # The residual cancels the low-rank part: its rounding is relative to the larger of the two.

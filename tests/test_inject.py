@@ -1,4 +1,4 @@
-"""Adapters on whole models: targets, freezing, merging, disabling, taking off, and failing without a trace."""
+"""Adapters on whole models: targets, freezing, merging, disabling, taking off, failing without a trace."""
 
 from __future__ import annotations
 
@@ -317,7 +317,7 @@ class Quantised(nn.Linear):
 def test_layers_that_cannot_carry_an_adapter_are_skipped_with_a_warning_or_refused_by_name():
     model = nn.ModuleDict({"plain": nn.Linear(4, 4), "packed": Quantised(4, 4)})
     with pytest.warns(
-        UserWarning, match="1 linear layers carry no adapter, for example packed: Quantised is a subc"
+        UserWarning, match="linear layers without an adapter: 1, for example packed: Quantised"
     ):
         lf.inject(model, rank=2)
     assert "packed" in lf.trainable_parameters(model).skipped

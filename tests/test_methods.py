@@ -41,7 +41,7 @@ def make_layer(
     """A layer over a random linear, with its trained values moved away from the start."""
     torch.manual_seed(0)
     linear = nn.Linear(K, N, dtype=dtype)
-    layer = lf.LowRankLinear.from_linear(linear, method=name, rank=R, **options)
+    layer = lf.LowRankLinear.from_linear(linear, method=name, rank=R, alpha=6, **options)
     if moved:
         with torch.no_grad():
             for tensor in layer.trained_names:

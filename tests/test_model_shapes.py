@@ -1,4 +1,4 @@
-"""Models by name, and the parameters that methods train in them: the counts of the methods' papers and arithmetic."""
+"""Models by name, and the parameters that methods train in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowrank_fused.target_modules import find_targets
 
 MLP_TOO = "q_proj,k_proj,v_proj,up_proj,down_proj"
 LORA_RANKS = (4, 8, 32, 64)
-# model, targets, layers, LoRA's parameters at rank 4, {rank: LoLDU's parameters}; r · Σ (in + out), and r per layer.
+# model, targets, layers, LoRA's parameters at rank 4: 4 · Σ (in + out), {rank: LoLDU's: rank per layer}.
 COUNTS = [
     ("roberta-base", "qv", 24, 147_456, {768: 18_432, 64: 1_536}),
     ("vit-b", "qv", 24, 147_456, {768: 18_432, 1: 24}),
@@ -102,7 +102,7 @@ def test_llama_3_8b_has_the_shapes_of_its_paper() -> None:
 
 
 def test_conv1d_counts_as_in_by_out() -> None:
-    (c_attn,) = [s for s in linear_shapes(build("gpt2"), ["c_attn"])]
+    (c_attn,) = linear_shapes(build("gpt2"), ["c_attn"])
     assert (c_attn.in_features, c_attn.out_features, c_attn.count) == (768, 2304, 12)
 
 

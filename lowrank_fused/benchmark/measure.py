@@ -68,7 +68,8 @@ def measure(
         if verdict != "ok"
         for mode in modes
     ]
-    operands = {provider.name: provider.operands(case) for provider in able}
+    by_dtype = {provider.adapter_dtype: provider.operands(case) for provider in able}
+    operands = {provider.name: by_dtype[provider.adapter_dtype] for provider in able}
     clock = clock_for(case.device, flush_l2)
     for mode in modes:
         steps = {p.name: layer_step(p, operands[p.name], case.dropout, mode) for p in able}

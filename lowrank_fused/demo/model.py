@@ -1,4 +1,4 @@
-"""A sentence classifier on a pretrained encoder, once with PEFT's LoRA and once with this package's, equal at the start."""
+"""A sentence classifier on a pretrained encoder, with PEFT's LoRA and with ours, equal at the start."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SentimentModel(nn.Module):
     The mean is what this encoder was pretrained to make meaningful. The head stays in float32.
     """
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: Any) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(encoder.config.hidden_size, 2)
@@ -55,13 +55,15 @@ def load_base(folder: Path, device: torch.device, dtype: torch.dtype) -> Sentime
     from transformers import AutoModel
 
     with _quiet_transformers():
-        encoder = AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False, dtype=dtype)
+        encoder = AutoModel.from_pretrained(
+            folder, local_files_only=True, add_pooling_layer=False, dtype=dtype
+        )
     return SentimentModel(encoder).to(device)
 
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bar beside the demo's own, and no report that the checkpoint's unused pooler was left out."""
+    """No progress bar beside the demo's own, no report that the checkpoint's unused pooler was left out."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -80,7 +82,7 @@ def linear_paths(encoder: nn.Module) -> list[str]:
 
 
 def adapted_pair(base: SentimentModel, dropout: float) -> dict[str, SentimentModel]:
-    """Two copies of `base` with rank-8 LoRA on every linear of the encoder: by PEFT, as it ships, and by this package.
+    """Two copies of `base` with LoRA on every linear of the encoder: PEFT's, as it ships, and ours.
 
     Both start from PEFT's random A and from B = 0, so that they are the same function of the same parameters.
     """
@@ -96,7 +98,9 @@ def adapted_pair(base: SentimentModel, dropout: float) -> dict[str, SentimentMod
         pair[PEFT].encoder = get_peft_model(pair[PEFT].encoder, theirs)
     inject(pair[OURS].encoder, ours)
     with torch.no_grad():
-        for layer, peft_layer in zip(layers_with_adapter(pair[OURS]), layers_with_adapter(pair[PEFT]), strict=True):
+        for layer, peft_layer in zip(
+            layers_with_adapter(pair[OURS]), layers_with_adapter(pair[PEFT]), strict=True
+        ):
             layer.lora_A.copy_(peft_layer.lora_A["default"].weight)
             layer.lora_B.copy_(peft_layer.lora_B["default"].weight)
     return pair

@@ -15,7 +15,7 @@ from .model import SentimentModel, layers_with_adapter
 
 __all__ = ["Kept", "RouteUse", "kept_by_step", "kept_for_backward", "routes_of"]
 
-TOKENS = 256  # of the input on which a layer's kept bytes are counted; any number gives the same bytes per token
+TOKENS = 256  # in the input on which a layer's kept bytes are counted; bytes per token do not depend on it
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,16 @@ class RouteLog(TorchDispatchMode):
 
 
 def routes_of(model: SentimentModel, batch: Batch) -> list[RouteUse]:
-    """The routes that ran in one forward and backward pass: read from the operators' own calls, not predicted."""
+    """The routes of one forward and backward pass: read from the operators' own calls, not predicted."""
     model.train()
     with RouteLog() as log:
         model.loss(batch).backward()
     model.zero_grad(set_to_none=True)
-    return [RouteUse(*key, calls=log.calls.count(key)) for key in sorted(set(log.calls))]
+    return [
+        RouteUse(direction, in_features, out_features, route, log.calls.count(call))
+        for call in sorted(set(log.calls))
+        for direction, in_features, out_features, route in [call]
+    ]
 
 
 def kept_for_backward(models: Mapping[str, SentimentModel]) -> list[Kept]:
@@ -79,7 +83,9 @@ def kept_for_backward(models: Mapping[str, SentimentModel]) -> list[Kept]:
 
 def _kept_per_token(layer: Any) -> float:
     parameter = layer.weight
-    x = torch.randn(TOKENS, layer.in_features, device=parameter.device, dtype=parameter.dtype, requires_grad=True)
+    x = torch.randn(
+        TOKENS, layer.in_features, device=parameter.device, dtype=parameter.dtype, requires_grad=True
+    )
     return kept_bytes(lambda: layer(x), layer.parameters()) / TOKENS
 
 

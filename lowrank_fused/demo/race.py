@@ -1,4 +1,4 @@
-"""Training several equal models side by side, one step each in turn, so that machine noise hits all of them alike."""
+"""Training equal models side by side, one step each in turn, so that machine noise hits all of them alike."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def race(
     learning_rate: float,
     on_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Course]:
-    """Train every model on the same batches with AdamW; in every step each runs once, in an order that rotates.
+    """Train every model on the same batches with AdamW; every step runs each once, in an order that rotates.
 
-    torch's generator is set to the same state before each model's step, so that the encoder's own dropout is the same
-    in all of them. The time of a step includes forward, backward, optimiser, and the wait for the device.
+    torch's generator is set to the same state before each model's step, so that the encoder's own dropout is
+    the same in all of them. The time of a step is forward, backward, optimiser, and the wait for the device.
     """
     names = list(models)
     courses = {name: Course() for name in names}

@@ -14,7 +14,7 @@ from ..benchmark import dtype_name
 from .model import OURS, PEFT, RANK
 
 if TYPE_CHECKING:
-    from .run import Result, Section, Settings
+    from .comparison import Result, Section, Settings
 
 __all__ = ["introduction", "show", "table", "write"]
 
@@ -36,7 +36,9 @@ def table(result: Result) -> Table:
         rows.add_column(name, justify="right", no_wrap=True)
     for when, index in (("before", 0), ("after", 1)):
         shares = [result.accuracy[name][index] for name in (PEFT, OURS)]
-        rows.add_row(f"accuracy {when}", *(f"{share:.1%}" for share in shares), _points(shares[1] - shares[0]))
+        rows.add_row(
+            f"accuracy {when}", *(f"{share:.1%}" for share in shares), _points(shares[1] - shares[0])
+        )
     last = [f"{plain.courses[name].losses[-1]:.4f}" for name in (PEFT, OURS)]
     rows.add_row("loss at the last step", *last, "")
     rows.add_row("largest loss difference", "", "", f"{plain.largest_loss_difference():.1e}")
@@ -73,13 +75,15 @@ def _saving(theirs: float, ours: float) -> str:
 
 def introduction(settings: Settings, device: torch.device, dtype: torch.dtype) -> str:
     """What is about to happen, where."""
-    where = f"CPU, {torch.get_num_threads()} threads"
+    where = f"the CPU ({torch.get_num_threads()} of its cores)"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     return (
-        f"MiniLM (22.7 M parameters) learns the sentiment of {settings.snippets:,} movie-review snippets and is judged "
-        f"on {settings.held_out:,} others.\nTwo copies with LoRA of rank {RANK} on all linears of the encoder train "
-        f"step by step in turn: {PEFT}, and {OURS}.\nWeights in {dtype_name(dtype)}, adapters in fp32, on {where}."
+        f"MiniLM (22.7 M parameters) learns the sentiment of {settings.snippets:,} movie-review snippets "
+        f"and is judged on {settings.held_out:,} others.\n"
+        f"Two copies with LoRA of rank {RANK} on all linears of the encoder train step by step in turn: "
+        f"{PEFT} and {OURS}.\n"
+        f"Weights in {dtype_name(dtype)}, adapters in fp32, on {where}."
     )
 
 
@@ -88,15 +92,17 @@ def route_lines(result: Result) -> list[str]:
     uses = [(section.dropout, use) for section in result.sections for use in section.routes]
     routes = sorted({use.route for _, use in uses})
     if len(routes) == 1:
-        lines = [f"Route {_named(routes[0])} served every adapted layer, forward and backward, with and without dropout."]
+        lines = [f"Route {_named(routes[0])} served every adapted layer, forward and backward."]
     else:
         lines = [
-            f"dropout {dropout:g}, {use.direction}, {use.calls} layers {use.in_features} to {use.out_features}: "
-            f"route {_named(use.route)}"
+            f"dropout {dropout:g}, {use.direction}, {use.calls} layers {use.in_features} to "
+            f"{use.out_features}: route {_named(use.route)}"
             for dropout, use in uses
         ]
     if not {"thin", "split"} & set(routes):
-        lines.append("No Triton kernel ran." + ("" if result.device.type == "cuda" else " They need a CUDA device."))
+        lines.append(
+            "No Triton kernel ran." + ("" if result.device.type == "cuda" else " They need a CUDA device.")
+        )
     return lines
 
 
@@ -105,8 +111,9 @@ def _named(route: str) -> str:
 
 
 def show(result: Result, console: Console) -> None:
-    """Print the table, and below it which route ran where."""
+    """Print the table, and below it what "kept" means and which route ran where."""
     console.print(table(result))
+    console.print("kept: until backward, by one layer of that size (in to out) and by the model.")
     for line in route_lines(result):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -129,7 +136,10 @@ def _figure(rows: int, columns: int, **options: Any) -> Any:
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, **options)
+    panels = figure.subplots(rows, columns, squeeze=False, **options).flatten()
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
 
 
 def _plot_losses(result: Result, path: Path) -> None:
@@ -142,24 +152,28 @@ def _plot_losses(result: Result, path: Path) -> None:
     upper.plot(steps, ours, color=COLOURS[OURS], linewidth=1.5, label=OURS)
     upper.set_ylabel("training loss")
     upper.legend(frameon=False)
-    upper.set_title(f"Same start, same batches: largest difference {plain.largest_loss_difference():.1e}", fontsize=11)
+    figure.suptitle(
+        f"Same start, same batches; losses differ by {plain.largest_loss_difference():.1e} at most"
+    )
     lower.bar(steps, [abs(t - o) for t, o in zip(theirs, ours, strict=True)], color=COLOURS[OURS])
-    lower.set_ylabel("|difference|")
+    lower.set_ylim(bottom=0)
+    lower.set_ylabel("difference")
     lower.set_xlabel("step")
     figure.savefig(path)
 
 
 def _plot_times(result: Result, path: Path) -> None:
-    """Quartiles of the step times of both models, a panel for each training."""
-    figure, panels = _figure(1, len(result.sections), squeeze=False)
-    for axes, section in zip(panels[0], result.sections, strict=True):
-        names = (PEFT, OURS)
-        times = [section.timed(name) for name in names]
-        boxes = axes.boxplot(times, widths=0.6, showfliers=False, patch_artist=True, medianprops={"color": "black"})
-        for box, name in zip(boxes["boxes"], names, strict=True):
-            box.set_facecolor(COLOURS[name])
-        axes.set_xticks([1, 2], names)
-        axes.set_ylim(bottom=0)
-        axes.set_ylabel("time of a training step [ms]")
-        axes.set_title(f"dropout {section.dropout:g}: {section.speedup().p50:.2f}x", fontsize=11)
+    """Every timed step as a dot, over the size of its batch; a panel for each training."""
+    figure, panels = _figure(1, len(result.sections), sharey=True)
+    for axes, section in zip(panels, result.sections, strict=True):
+        tokens = section.timed(section.tokens)
+        for name in (PEFT, OURS):
+            times = section.timed(section.courses[name].step_ms)
+            axes.scatter(tokens, times, s=18, color=COLOURS[name], label=name)
+        axes.set_title(f"adapter dropout {section.dropout:g}: {section.speedup().p50:.2f}x", fontsize=11)
+        axes.set_xlabel("tokens in the batch, padding included")
+        axes.set_xlim(left=0)
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel("time of a training step [ms]")
+    panels[0].legend(frameon=False)
     figure.savefig(path)

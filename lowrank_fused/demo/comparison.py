@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..benchmark.timing import Spread, paired_ratio
+from ..benchmark import Spread, dtype_name, paired_ratio
 from ..doctor import best_device, environment
+from ..errors import UnsupportedError
 from . import report
 from .data import Batch, batches, fetch_reviews, model_folder, split
 from .model import OURS, PEFT, SentimentModel, adapted_pair, load_base, load_tokenizer
@@ -19,6 +21,8 @@ from .observe import Kept, RouteUse, kept_by_step, kept_for_backward, routes_of
 from .race import Course, accuracy, race
 
 __all__ = ["Result", "Section", "Settings", "run"]
+
+T = TypeVar("T")
 
 UNTIMED_STEPS = 2  # allocations and compilation happen in the first steps
 
@@ -30,9 +34,10 @@ LOSS_AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 class Settings:
     """What to run, where, and where to leave the results.
 
-    Without adapter dropout both models go through the same arithmetic, so their losses can be compared; the second,
-    shorter training with `dropout` is there for its time and memory. `device` and `dtype` None mean the CUDA device with
-    bfloat16 weights (adapters in float32, as PEFT puts them there) if there is one, else the CPU with float32.
+    Without adapter dropout both models go through the same arithmetic, so their losses can be compared; the
+    second, shorter training with `dropout` is there for its time and memory. `device` and `dtype` None mean
+    the CUDA device and bfloat16 weights if there is one, else the CPU and float32; adapters are float32,
+    where PEFT puts them.
     """
 
     snippets: int = 1536
@@ -48,12 +53,25 @@ class Settings:
     out: Path = Path("out/demo")
     cache: Path = Path(".cache/demo")
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "dropout_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0.0 < self.dropout < 1.0:
+            raise ValueError(f"dropout must be between 0 and 1, got {self.dropout}")
+        if self.dtype is not None and self.dtype not in LOSS_AGREEMENT:
+            raise ValueError(f"the demo trains in fp32 or bf16, got {dtype_name(self.dtype)}")
+
 
 @dataclass
 class Section:
-    """One training of the two models: without dropout the whole one, with dropout a short one."""
+    """One training of the two models: without dropout the whole one, with dropout a short one.
+
+    `tokens` is the size of every step's batch, padding included.
+    """
 
     dropout: float
+    tokens: list[int]
     courses: dict[str, Course]
     kept: list[Kept]
     kept_by_step: dict[str, int]
@@ -61,21 +79,21 @@ class Section:
 
     def step_ms(self, name: str) -> Spread:
         """Wall time of a step."""
-        return Spread.of(self.timed(name))
+        return Spread.of(self.timed(self.courses[name].step_ms))
 
     def speedup(self) -> Spread:
         """PEFT's time over ours, step by step."""
-        return paired_ratio(self.timed(PEFT), self.timed(OURS))
+        return paired_ratio(*(self.timed(self.courses[name].step_ms) for name in (PEFT, OURS)))
 
     def largest_loss_difference(self) -> float:
         """Over all steps, between the two models."""
         losses = (self.courses[name].losses for name in (PEFT, OURS))
         return max(abs(theirs - ours) for theirs, ours in zip(*losses, strict=True))
 
-    def timed(self, name: str) -> list[float]:
-        """Milliseconds of the steps that count."""
-        times = self.courses[name].step_ms
-        return times[UNTIMED_STEPS:] or times
+    @staticmethod
+    def timed(values: list[T]) -> list[T]:
+        """The values of those steps that count for the time: all but the first ones."""
+        return values[UNTIMED_STEPS:] or values
 
 
 @dataclass
@@ -107,8 +125,9 @@ class Result:
 def run(settings: Settings | None = None, console: Console | None = None) -> Result:
     """Train, measure, print the table, write `loss.png`, `timing.png` and `demo.json` into `settings.out`.
 
-    Raises UnsupportedError if the model's package or the text cannot be had, ValueError on settings that do not fit.
+    Raises UnsupportedError if a package or the text cannot be had, ValueError on settings that do not fit.
     """
+    _require("peft", "matplotlib")
     settings, console = settings or Settings(), console or Console()
     device = settings.device or best_device()
     dtype = settings.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -116,7 +135,7 @@ def run(settings: Settings | None = None, console: Console | None = None) -> Res
     folder = model_folder()
     train, held_out = split(fetch_reviews(settings.cache), settings.snippets, settings.held_out)
     tokenizer = load_tokenizer(folder)
-    # On the host and before the device is known to torch's dropout: the same head and A on every machine.
+    # Head and A are drawn on the host, so that they are the same on every machine.
     torch.manual_seed(settings.seed)
     base = load_base(folder, device, dtype)
     steps = [
@@ -139,6 +158,15 @@ def run(settings: Settings | None = None, console: Console | None = None) -> Res
     return result
 
 
+def _require(*packages: str) -> None:
+    """Ask at the start for what is imported later: a training must not be lost for want of a plot."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UnsupportedError(
+            f"the demo needs {' and '.join(missing)}; run `pip install 'lowrank-fused[demo]'`"
+        )
+
+
 def _judge(
     models: dict[str, SentimentModel], judged: list[Batch], progress: Progress, title: str
 ) -> dict[str, float]:
@@ -153,7 +181,11 @@ def _judge(
 
 
 def _train(
-    pair: dict[str, SentimentModel], dropout: float, steps: list[Batch], settings: Settings, progress: Progress
+    pair: dict[str, SentimentModel],
+    dropout: float,
+    steps: list[Batch],
+    settings: Settings,
+    progress: Progress,
 ) -> Section:
     """Look at the models first, then train them side by side."""
     kept = kept_for_backward(pair)
@@ -162,7 +194,8 @@ def _train(
     title = f"training both, dropout {dropout:g}"
     task = progress.add_task(title, total=len(steps))
     courses = race(pair, steps, settings.learning_rate, lambda: progress.advance(task))
-    return Section(dropout, courses, kept, by_step, routes)
+    tokens = [batch.inputs["input_ids"].numel() for batch in steps]
+    return Section(dropout, tokens, courses, kept, by_step, routes)
 
 
 def _progress(console: Console) -> Progress:
