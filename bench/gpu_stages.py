@@ -40,6 +40,7 @@ __all__ = ["Setting", "stages"]
 # Each keyword of the kernel tests is a case of its own: a hanging kernel costs one of them, not all.
 KERNEL_TESTS = ("shrink", "expand", "factors", "lowrank_forward", "grad_input", "linear")
 PYTEST_SECONDS = 200
+GEMMS = {"forward": "lowrank_forward", "backward": "grad_input"}  # names of Triton's, with or without TMA
 OTHERS = ("frozen", "eager", "eager-fp32", "compile")  # providers whose failure is not ours
 
 
@@ -161,7 +162,9 @@ def ceilings(device: torch.device, budget_s: float) -> dict[str, float]:
     return {"copy_gb_per_s": 2 * size / Spread.of(times["copy"]).p20 * 1e-6}
 
 
-def time_kernels(layer: LayerCase, routes: Sequence[str], budget_s: float) -> dict[str, Any]:
+def time_kernels(
+    layer: LayerCase, routes: Sequence[str], budget_s: float, min_rounds: int = 5
+) -> dict[str, Any]:
     """Microseconds, GB/s and TFLOP/s of every launch; e and the cost of beta = 1 from the same interleaved
     run.
 
@@ -173,7 +176,7 @@ def time_kernels(layer: LayerCase, routes: Sequence[str], budget_s: float) -> di
     for key, found in launches.items():
         for index, launch in enumerate(found):
             steps[f"{key}:{index}:{launch.name}"] = Step(lambda _, launch=launch: launch.run())
-    times = interleave(steps, clock_for(layer.device), budget_s=budget_s)
+    times = interleave(steps, clock_for(layer.device), budget_s=budget_s, min_rounds=min_rounds)
     result: dict[str, Any] = {"library_us": {k: 1e3 * Spread.of(times[k]).p50 for k in library_gemms_names()}}
     for way in ("forward", "backward"):
         result[f"beta1_cost_{way}"] = paired_ratio(times[f"addmm:{way}"], times[f"mm:{way}"]).p50 - 1
@@ -182,12 +185,10 @@ def time_kernels(layer: LayerCase, routes: Sequence[str], budget_s: float) -> di
         for key, found in launches.items()
         for index, launch in enumerate(found)
     ]
-    for way in ("forward", "backward"):
-        found = launches.get(f"split:{way}", [])
-        if found:
-            index = max(range(len(found)), key=lambda i: found[i].flops)
-            gemm = times[f"split:{way}:{index}:{found[index].name}"]
-            result[f"e_{way}"] = paired_ratio(times[f"mm:{way}"], gemm).p50
+    for way, gemm in GEMMS.items():
+        for key in steps:
+            if key.startswith(f"split:{way}:") and key.rpartition(":")[2].startswith(gemm):
+                result[f"e_{way}"] = paired_ratio(times[f"mm:{way}"], times[key]).p50
     return result
 
 

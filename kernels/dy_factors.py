@@ -13,7 +13,7 @@ from torch import Tensor
 from .launch import Launch, Tile, arch_of, cdiv, shared_bytes, sm_count, zeroed_counters
 from .shrink import choose_tile as choose_row_tile
 from .shrink import launch_shrink
-from .tile import dot, is_last_to_arrive, reduce_parts
+from .tile import cast, dot, is_last_to_arrive, reduce_parts
 
 __all__ = ["DyFactors", "choose_tile", "dy_factors", "one_pass_max_rank", "rows_per_chunk"]
 
@@ -55,7 +55,8 @@ def _dy_factors_kernel(
     last_row = tl.minimum(first_row + chunk_rows, M)
 
     mask_b = mask_n[:, None] & mask_r[None, :]
-    b = tl.load(b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br, mask=mask_b, other=0.0).to(IO)
+    b_ptrs = b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br
+    b = cast(tl.load(b_ptrs, mask=mask_b, other=0.0), IO)
     factor = tl.full((BLOCK_R,), 1.0, tl.float32) * scale
     if core_ptr is not None:
         factor *= tl.load(core_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .dropout import keep_scale, spread_bits
 from .launch import Launch, Tile, cdiv
-from .tile import dot
+from .tile import cast, dot
 
 __all__ = ["choose_tile", "expand"]
 
@@ -36,7 +36,7 @@ def _expand_kernel(
         b_ptrs = b_ptr + offs_n[None, :] * stride_bn + (r + offs_r)[:, None] * stride_br
         v = tl.load(v_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
         b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_R, BLOCK_N]
-        acc = dot(v, b.to(v.dtype), acc)
+        acc = dot(v, cast(b, v.dtype), acc)
     if mask_ptr is not None:
         row_bytes = tl.cdiv(N, 8)
         offs_byte = pid_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
@@ -46,7 +46,7 @@ def _expand_kernel(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
 def choose_tile(R: int, dtype: torch.dtype) -> Tile:

@@ -1,7 +1,7 @@
-"""What the two GEMMs that carry the low-rank term in their accumulator share: access to operands, tiles, products.
+"""What the two GEMMs that carry the low-rank term in their accumulator share: access, tiles, products.
 
-Both compute out = x · w + u · f with x [M, inner], w [inner, columns] big and u [M, R], f [R, columns] thin. Where
-rows are 16-byte aligned and the GPU has tensor memory descriptors (sm_90, sm_100), x, w and out go through host
+Both compute out = x · w + u · f with x [M, inner], w [inner, columns] big and u [M, R], f [R, columns] thin.
+Where rows are 16-byte aligned and the GPU has TMA descriptors (sm_90, sm_100), x, w and out go through host
 descriptors and the kernel is persistent; elsewhere through pointers, one program a tile. u and f always go through
 pointers: any rank, any dtype, no padded copies, and their blocks reuse the shared memory of the main loop.
 """
@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dropout import spread_bits
 from .launch import Tile, cdiv
-from .tile import dot
+from .tile import cast, dot
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -36,11 +37,12 @@ __all__ = [
     "rank_multiple",
 ]
 
-# How a kernel may read matrices: by descriptors, by pointers 16 bytes at a time, by pointers an element at a time.
+# How a kernel may read matrices: by descriptors, by pointers 16 bytes at a time, by pointers element by element.
 Access = Literal["descriptors", "vectors", "elements"]
 
-# Tiles (rows, columns, inner) with the share of peak each reaches on a full GPU, relative to the first: priors.
-_TILES: dict[str, list[tuple[Tile, float]]] = {
+# Tiles (rows, columns, inner) that compile without spills, each with the share of the first one's rate that it
+# reaches on a full GPU. The shares are priors.
+_TILES: dict[Access, list[tuple[Tile, float]]] = {
     "descriptors": [
         (Tile(128, 256, 64, num_warps=8, num_stages=3, use_tma=True), 1.0),
         (Tile(128, 128, 64, num_warps=8, num_stages=4, use_tma=True), 0.9),
@@ -61,32 +63,34 @@ _TILES: dict[str, list[tuple[Tile, float]]] = {
         (Tile(16, 64, 32, num_warps=4, num_stages=3), 0.35),
     ],
 }
+# IEEE products run on no tensor core: registers limit the tile, however operands are read.
+_FP32_TILES = [
+    (Tile(64, 64, 16, num_warps=8, num_stages=3), 1.0),
+    (Tile(16, 64, 32, num_warps=4, num_stages=3), 0.35),
+]
 
 
-def choose_gemm_tile(
-    rows: int, cols: int, rank: int, dtype: torch.dtype, access: Access, sms: int
-) -> Tile:
-    """The tile whose waves over the GPU are expected to take least time; block_n is along the output's columns.
+def choose_gemm_tile(rows: int, cols: int, rank: int, dtype: torch.dtype, access: Access, sms: int) -> Tile:
+    """The tile whose waves over the GPU should take least time; block_n is along the output's columns.
 
-    time ~ ⌈tiles / SMs⌉ · tile area / share of peak.
+    time ~ ⌈tiles / SMs⌉ · tile area / share of the full rate.
     """
-    if dtype == torch.float32:
-        access = "elements"
 
     def time(candidate: tuple[Tile, float]) -> float:
         tile, share = candidate
         tiles = cdiv(rows, tile.block_m) * cdiv(cols, tile.block_n)
         return cdiv(tiles, sms) * tile.block_m * tile.block_n / share
 
-    tile, _ = min(_TILES[access], key=time)
-    # Loads that are not vectors, and accumulators of mma.sync, leave registers for one narrow block of u and f.
+    tile, _ = min(_FP32_TILES if dtype == torch.float32 else _TILES[access], key=time)
+    # Loads of single elements, and mma.sync's accumulators, leave registers for a narrow block of u and f only.
     wide = tile.use_tma and rank > 16 and rank % 16 == 0
     return replace(tile, block_r=32 if wide else 16)
 
 
 def access_of(*matrices: Tensor, arch: int) -> Access:
     """The fastest way in which all of these 2-D operands can be read and written on this GPU."""
-    if TensorDescriptor is not None and 90 <= arch < 120 and all(_has_aligned_rows(m, 16) for m in matrices):
+    by_descriptor = TensorDescriptor is not None and 90 <= arch < 120
+    if by_descriptor and all(m.element_size() == 2 and _has_aligned_rows(m, 16) for m in matrices):
         return "descriptors"
     # Triton loads vectors where it can prove that it may: sizes and steps that are multiples of 16 elements.
     if all(_has_aligned_rows(m, 16 * m.element_size()) and _row_length(m) % 16 == 0 for m in matrices):
@@ -106,21 +110,24 @@ def _has_aligned_rows(matrix: Tensor, step: int) -> bool:
 
 
 def descriptor(matrix: Tensor, block_rows: int, block_cols: int) -> Any:
-    """Host descriptor of [block_rows, block_cols] blocks; of the transposed ones where the matrix runs along rows."""
+    """Host descriptor of [block_rows, block_cols] blocks; of their transposes where the matrix runs along rows."""
     if matrix.stride(1) != 1:
         return descriptor(matrix.t(), block_cols, block_rows)
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [block_rows, block_cols])
 
 
 def rank_multiple(rank: int) -> int:
-    """The largest power of two up to 16 that divides the rank: how many elements of a row of u one load may take."""
+    """The largest power of two up to 16 that divides the rank: how many elements of a row of u fit in one load."""
     return min(rank & -rank, 16)
 
 
 @triton.jit
 def pointer_product(
-    acc, x_ptr, w_ptr, rows, cols, M, COLS, INNER, stride_xm, stride_xi, stride_wi, stride_wc, BLOCK_I: tl.constexpr
-):
+    acc, x_ptr, w_ptr, rows, cols, M, COLS, INNER,
+    stride_xm, stride_xi,
+    stride_wi, stride_wc,
+    BLOCK_I: tl.constexpr,
+):  # fmt: skip
     """acc + x[rows, :] · w[:, cols] through pointers; rows and cols are int64."""
     offs_i = tl.arange(0, BLOCK_I)
     x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_i[None, :] * stride_xi
@@ -136,22 +143,19 @@ def pointer_product(
 
 
 @triton.jit
-def descriptor_product(acc, x_desc, w_desc, row, col, INNER, W_ALONG_INNER: tl.constexpr, BLOCK_I: tl.constexpr):
+def descriptor_product(
+    acc, x_desc, w_desc, row, col, INNER, W_ALONG_INNER: tl.constexpr, BLOCK_I: tl.constexpr
+):
     """acc + x[row:, :] · w[:, col:] through descriptors, which read zeros beyond the edges."""
     for i in range(0, INNER, BLOCK_I):
         x = x_desc.load([row, i])
-        if W_ALONG_INNER:
-            w = w_desc.load([col, i]).T
-        else:
-            w = w_desc.load([i, col])
+        w = w_desc.load([col, i]).T if W_ALONG_INNER else w_desc.load([i, col])
         acc = dot(x, w, acc)
     return acc
 
 
 @triton.jit
-def low_rank_product(
-    acc, u_ptr, f_ptr, rows, cols, M, COLS, R, stride_fr, stride_fc, BLOCK_R: tl.constexpr
-):
+def low_rank_product(acc, u_ptr, f_ptr, rows, cols, M, COLS, R, stride_fr, stride_fc, BLOCK_R: tl.constexpr):
     """acc + u[rows, :] · f[:, cols] with u [M, R] row-major; f is cast to u's type."""
     offs_r = tl.arange(0, BLOCK_R)
     u_ptrs = u_ptr + rows[:, None] * R + offs_r[None, :]
@@ -160,18 +164,15 @@ def low_rank_product(
     for r in range(0, R, BLOCK_R):
         u = tl.load(u_ptrs + r, mask=mask_m & (offs_r[None, :] < R - r), other=0.0)
         f = tl.load(f_ptrs + r * stride_fr, mask=mask_c & (offs_r[:, None] < R - r), other=0.0)
-        acc = dot(u, f.to(u.dtype), acc)
+        acc = dot(u, cast(f, u.dtype), acc)
     return acc
 
 
 @triton.jit
 def drop(acc, mask_ptr, rows, pid_c, M, COLS, keep_scale, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """acc · keep_scale where the packed mask [M, ⌈COLS / 8⌉] has a one, else 0. Loads bytes, not bits."""
+    """acc · keep_scale where the packed mask [M, ⌈COLS / 8⌉] has a one, else 0."""
     row_bytes = tl.cdiv(COLS, 8)
-    offs_b = pid_c * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
-    inside = (rows[:, None] < M) & (offs_b[None, :] < row_bytes)
-    bits = tl.load(mask_ptr + rows[:, None] * row_bytes + offs_b[None, :], mask=inside, other=0)
-    # A reshaped accumulator stays in its registers, so only the bytes travel to the threads that need them.
-    keep = (bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-    eights = tl.reshape(acc, (BLOCK_M, BLOCK_C // 8, 8))
-    return tl.reshape(tl.where(keep != 0, eights * keep_scale, 0.0), (BLOCK_M, BLOCK_C))
+    offs_byte = pid_c * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+    inside = (rows[:, None] < M) & (offs_byte[None, :] < row_bytes)
+    bits = tl.load(mask_ptr + rows[:, None] * row_bytes + offs_byte[None, :], mask=inside, other=0)
+    return tl.where(spread_bits(bits, BLOCK_M, BLOCK_C), acc * keep_scale, 0.0)

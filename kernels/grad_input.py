@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dropout import keep_scale
 from .gemm import (
     Access,
     access_of,
@@ -21,7 +22,7 @@ from .gemm import (
     rank_multiple,
 )
 from .launch import Launch, Tile, arch_of, cdiv, sm_count
-from .tile import grouped_order
+from .tile import cast, grouped_order
 
 __all__ = ["choose_tile", "grad_input"]
 
@@ -36,9 +37,9 @@ def _grad_input_kernel(
     RANK_MULTIPLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dx [M, K] = dy [M, N] W [N, K] + keep ∘ (ds [M, R] A [R, K]) · keep_scale; keep is packed bits.
+    """One tile of dx [M, K] = dy [M, N] W [N, K] + keep ∘ (ds [M, R] A [R, K]) · keep_scale, keep as packed bits.
 
-    A masked low-rank product starts the accumulator, where the mask can still be applied to it alone.
+    A masked low-rank product comes first, while the accumulator holds nothing else that the mask would hit.
     """
     R = R // RANK_MULTIPLE * RANK_MULTIPLE  # changes no value, but tells the compiler what divides it
     pid_m, pid_k = grouped_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K))
@@ -54,7 +55,7 @@ def _grad_input_kernel(
     if ds_ptr is not None and mask_ptr is None:
         acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, K, 1, BLOCK_R)
     dx_ptrs = dx_ptr + rows[:, None] * K + cols[None, :]
-    tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (cols[None, :] < K))
+    tl.store(dx_ptrs, cast(acc, dx_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (cols[None, :] < K))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -65,7 +66,7 @@ def _grad_input_tma_kernel(
     W_ALONG_N: tl.constexpr, RANK_MULTIPLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The same through descriptors of dy, W and dx, with as many programs as there are SMs taking tiles in turn."""
+    """The same through descriptors of dy, W and dx, with as many programs as SMs taking tiles in turn."""
     R = R // RANK_MULTIPLE * RANK_MULTIPLE
     num_pid_m, num_pid_k = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K)
     for tile in range(tl.program_id(0), num_pid_m * num_pid_k, tl.num_programs(0)):
@@ -80,12 +81,10 @@ def _grad_input_tma_kernel(
         acc = descriptor_product(acc, dy_desc, w_desc, row, col, N, W_ALONG_N, BLOCK_N)
         if ds_ptr is not None and mask_ptr is None:
             acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, K, 1, BLOCK_R)
-        dx_desc.store([row, col], acc.to(dx_desc.dtype))
+        dx_desc.store([row, col], cast(acc, dx_desc.dtype))
 
 
-def choose_tile(
-    M: int, N: int, K: int, R: int, dtype: torch.dtype, access: Access, sms: int
-) -> Tile:
+def choose_tile(M: int, N: int, K: int, R: int, dtype: torch.dtype, access: Access, sms: int) -> Tile:
     """Block sizes for dx [M, K] on a GPU with `sms` multiprocessors."""
     tile = choose_gemm_tile(M, K, R, dtype, access, sms)
     return replace(tile, block_n=tile.block_k, block_k=tile.block_n)
@@ -114,25 +113,27 @@ def grad_input(
         return dx
     if tile is None:
         tile = choose_tile(M, N, K, R, dy.dtype, access_of(dy, w, dx, arch=arch_of(dy)), sm_count(dy))
-    tiles = cdiv(M, tile.block_m) * cdiv(K, tile.block_k)
-    args = dict(ds_ptr=ds, a_ptr=a, mask_ptr=mask, M=M, N=N, K=K, R=R, keep_scale=1 / (1 - dropout_p))
     if ds is not None and a is not None:
-        args |= dict(ds_ptr=ds.contiguous(), a_ptr=a.contiguous())
-    args |= dict(BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r)
-    args |= dict(RANK_MULTIPLE=rank_multiple(R))
+        ds, a = ds.contiguous(), a.contiguous()
+    args = {"ds_ptr": ds, "a_ptr": a, "mask_ptr": mask, "keep_scale": keep_scale(dropout_p)}
+    args |= {"M": M, "N": N, "K": K, "R": R, "RANK_MULTIPLE": rank_multiple(R)}
+    args |= {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_K": tile.block_k,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_R": tile.block_r,
+    }
+    tiles = cdiv(M, tile.block_m) * cdiv(K, tile.block_k)
     if tile.use_tma:
         kernel, grid = _grad_input_tma_kernel, min(tiles, sm_count(dy))
-        args |= dict(
-            dy_desc=descriptor(dy, tile.block_m, tile.block_n),
-            w_desc=descriptor(w, tile.block_n, tile.block_k),
-            dx_desc=descriptor(dx, tile.block_m, tile.block_k),
-            W_ALONG_N=w.stride(1) != 1,
-        )
+        args["dy_desc"] = descriptor(dy, tile.block_m, tile.block_n)
+        args["w_desc"] = descriptor(w, tile.block_n, tile.block_k)
+        args["dx_desc"] = descriptor(dx, tile.block_m, tile.block_k)
+        args["W_ALONG_N"] = w.stride(1) != 1
     else:
         kernel, grid = _grad_input_kernel, tiles
-        args |= dict(dy_ptr=dy, w_ptr=w, dx_ptr=dx, stride_dym=dy.stride(0), stride_dyn=dy.stride(1))
-        args |= dict(stride_wn=w.stride(0), stride_wk=w.stride(1))
-    bits = 0 if mask is None else mask.nbytes
-    read = dy.nbytes + w.nbytes + (0 if ds is None or a is None else ds.nbytes + a.nbytes) + bits
+        args |= {"dy_ptr": dy, "stride_dym": dy.stride(0), "stride_dyn": dy.stride(1)}
+        args |= {"w_ptr": w, "stride_wn": w.stride(0), "stride_wk": w.stride(1), "dx_ptr": dx}
+    read = sum(t.nbytes for t in (dy, w, ds, a, mask) if t is not None)
     Launch(kernel, (grid,), args, tile, read, dx.nbytes, 2 * M * K * (N + R)).run()
     return dx

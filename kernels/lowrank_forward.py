@@ -18,7 +18,7 @@ from .gemm import (
     rank_multiple,
 )
 from .launch import Launch, Tile, arch_of, cdiv, sm_count
-from .tile import grouped_order
+from .tile import cast, grouped_order
 
 __all__ = ["choose_tile", "lowrank_forward"]
 
@@ -45,7 +45,7 @@ def _lowrank_forward_kernel(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + rows[:, None] * N + cols[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (cols[None, :] < N))
+    tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (cols[None, :] < N))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -55,10 +55,10 @@ def _lowrank_forward_tma_kernel(
     W_ALONG_K: tl.constexpr, RANK_MULTIPLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The same through descriptors of x, W and y, with as many programs as there are SMs taking tiles in turn.
+    """The same through descriptors of x, W and y, with as many programs as SMs taking tiles in turn.
 
     The low-rank product comes after the main loop: before it, or pipelined with it, its blocks would need shared
-    memory next to those of x and W.
+    memory beside those of x and W.
     """
     R = R // RANK_MULTIPLE * RANK_MULTIPLE
     num_pid_m, num_pid_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -72,7 +72,7 @@ def _lowrank_forward_tma_kernel(
         acc = low_rank_product(acc, v_ptr, b_ptr, rows, cols, M, N, R, 1, R, BLOCK_R)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-        y_desc.store([row, col], acc.to(y_desc.dtype))
+        y_desc.store([row, col], cast(acc, y_desc.dtype))
 
 
 def choose_tile(M: int, N: int, K: int, R: int, dtype: torch.dtype, access: Access, sms: int) -> Tile:
@@ -86,8 +86,8 @@ def lowrank_forward(
     """y = x Wᵀ + v Bᵀ + bias, [M, N] in x's dtype, accumulated in fp32 and rounded once.
 
     x [M, K] and w [N, K] share a dtype and may have any strides: a `Conv1D` weight [K, N] is passed as its
-    transpose. v [M, R] has x's dtype; b [N, R] and bias [N] may be fp32 beside 16-bit x. Reads x, w, v, b once,
-    writes y once; 2MN(K + R) FLOP.
+    transpose. v [M, R] has x's dtype; b [N, R] and bias [N] may be fp32 beside 16-bit x. Reads every operand
+    once, writes y once; 2MN(K + R) FLOP.
     """
     (M, K), N, R = x.shape, w.shape[0], v.shape[1]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
@@ -95,21 +95,26 @@ def lowrank_forward(
         return y
     if tile is None:
         tile = choose_tile(M, N, K, R, x.dtype, access_of(x, w, y, arch=arch_of(x)), sm_count(x))
+    v, b = v.contiguous(), b.contiguous()
+    args = {"v_ptr": v, "b_ptr": b, "bias_ptr": bias, "M": M, "N": N, "K": K, "R": R}
+    args |= {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "BLOCK_R": tile.block_r,
+    }
+    args["RANK_MULTIPLE"] = rank_multiple(R)
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
-    thin = dict(v_ptr=v.contiguous(), b_ptr=b.contiguous(), bias_ptr=bias, M=M, N=N, K=K, R=R)
-    thin |= dict(RANK_MULTIPLE=rank_multiple(R))
-    blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r)
     if tile.use_tma:
         kernel, grid = _lowrank_forward_tma_kernel, min(tiles, sm_count(x))
-        big = dict(
-            x_desc=descriptor(x, tile.block_m, tile.block_k),
-            w_desc=descriptor(w, tile.block_n, tile.block_k),
-            y_desc=descriptor(y, tile.block_m, tile.block_n),
-            W_ALONG_K=w.stride(1) == 1,
-        )
+        args["x_desc"] = descriptor(x, tile.block_m, tile.block_k)
+        args["w_desc"] = descriptor(w, tile.block_n, tile.block_k)
+        args["y_desc"] = descriptor(y, tile.block_m, tile.block_n)
+        args["W_ALONG_K"] = w.stride(1) == 1
     else:
         kernel, grid = _lowrank_forward_kernel, tiles
-        big = dict(x_ptr=x, w_ptr=w, y_ptr=y, stride_xm=x.stride(0), stride_xk=x.stride(1))
-        big |= dict(stride_wn=w.stride(0), stride_wk=w.stride(1))
-    Launch(kernel, (grid,), big | thin | blocks, tile,).run()
+        args |= {"x_ptr": x, "stride_xm": x.stride(0), "stride_xk": x.stride(1)}
+        args |= {"w_ptr": w, "stride_wn": w.stride(0), "stride_wk": w.stride(1), "y_ptr": y}
+    read = sum(t.nbytes for t in (x, w, v, b, bias) if t is not None)
+    Launch(kernel, (grid,), args, tile, read, y.nbytes, 2 * M * N * (K + R)).run()
     return y

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .dropout import draw_bits, keep_scale, lane_threshold, spread_bits
 from .launch import Launch, Tile, arch_of, cdiv, shared_bytes, sm_count
-from .tile import dot
+from .tile import cast, dot
 
 __all__ = ["block_of_rank", "choose_tile", "launch_shrink", "shrink"]
 
@@ -26,17 +26,17 @@ def _store_core(
     if CORE == "gate":
         for e in range(RV // R):
             g = tl.load(core_ptr + offs_m * (RV // R) + e, mask=mask_m, other=0.0).to(tl.float32)
-            tl.store(v_rows + (e * R + offs_r)[None, :], (s * (g * scale)[:, None]).to(IO), mask=mask_s)
+            tl.store(v_rows + (e * R + offs_r)[None, :], cast(s * (g * scale)[:, None], IO), mask=mask_s)
     elif CORE == "dense":
         offs_v = tl.arange(0, BLOCK_V)
         mask_c = mask_r[:, None] & (offs_v < RV)[None, :]
-        c = tl.load(core_ptr + offs_v[None, :] * R + offs_r[:, None], mask=mask_c, other=0.0).to(IO)
-        v = dot(s.to(IO), c, tl.zeros((BLOCK_M, BLOCK_V), tl.float32)) * scale
-        tl.store(v_rows + offs_v[None, :], v.to(IO), mask=mask_m[:, None] & (offs_v < RV)[None, :])
+        c = tl.load(core_ptr + offs_v[None, :] * R + offs_r[:, None], mask=mask_c, other=0.0)
+        v = dot(cast(s, IO), cast(c, IO), tl.zeros((BLOCK_M, BLOCK_V), tl.float32)) * scale
+        tl.store(v_rows + offs_v[None, :], cast(v, IO), mask=mask_m[:, None] & (offs_v < RV)[None, :])
     else:
         if CORE == "diag":
             s *= tl.load(core_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
-        tl.store(v_rows + offs_r[None, :], (s * scale).to(IO), mask=mask_s)
+        tl.store(v_rows + offs_r[None, :], cast(s * scale, IO), mask=mask_s)
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -79,14 +79,14 @@ def _shrink_kernel(
                 bit_ptrs = mask_ptr + offs_m[:, None] * row_bytes + (offs_byte + k // 8)[None, :]
                 tl.store(bit_ptrs, bits.to(tl.uint8), mask=mask_bits)
             x = tl.where(spread_bits(bits, BLOCK_M, BLOCK_K), x, 0.0)
-        acc = dot(x, a.to(IO), acc)
+        acc = dot(x, cast(a, IO), acc)
         x_ptrs += BLOCK_K * stride_xk
         a_ptrs += BLOCK_K * stride_ak
     if seed_ptr is not None:
         acc *= keep_scale
     mask_s = mask_m[:, None] & mask_r[None, :]
     if s_ptr is not None:
-        tl.store(s_ptr + offs_m[:, None] * R + offs_r[None, :], acc.to(IO), mask=mask_s)
+        tl.store(s_ptr + offs_m[:, None] * R + offs_r[None, :], cast(acc, IO), mask=mask_s)
     if t_ptr is not None:
         t = tl.load(t_ptr + offs_m[:, None] * R + offs_r[None, :], mask=mask_s, other=0.0).to(tl.float32)
         tl.store(dcore_parts_ptr + pid_m * R + offs_r, tl.sum(acc * t, axis=0) * scale, mask=mask_r)

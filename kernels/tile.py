@@ -25,6 +25,16 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in another dtype, rounded to nearest even. The interpreter cuts fp32 off at bf16 instead of rounding it."""
+    if INTERPRETING and x.dtype == tl.float32 and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def grouped_order(pid, num_pid_m, num_pid_n, GROUP_M: tl.constexpr = 8):
     """Tile coordinates in an order that keeps GROUP_M row blocks together, so that W is read from L2."""
     num_pid_in_group = GROUP_M * num_pid_n
@@ -51,7 +61,7 @@ def reduce_parts(parts_ptr, out_ptr, count, size, first, last, BLOCK_C: tl.const
             mask = (offs_c < count - c)[:, None] & (offs < last)[None, :]
             part_ptrs = parts_ptr + (c + offs_c).to(tl.int64)[:, None] * size + offs[None, :]
             acc += tl.sum(tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg"), axis=0)
-        tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < last)
+        tl.store(out_ptr + offs, cast(acc, out_ptr.dtype.element_ty), mask=offs < last)
 
 
 @triton.jit

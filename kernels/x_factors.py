@@ -13,7 +13,7 @@ from .dy_factors import rows_per_chunk
 from .expand import expand
 from .launch import Launch, Tile, arch_of, cdiv, sm_count, zeroed_counters
 from .shrink import block_of_rank
-from .tile import dot, is_last_to_arrive
+from .tile import cast, dot, is_last_to_arrive
 
 __all__ = ["choose_tile", "factor_grad", "x_factors"]
 
@@ -31,7 +31,7 @@ def _sum_parts(parts_ptr, da_ptr, first_r, offs_k, chunks, R, K, BLOCK_R: tl.con
             # Other programs of this launch wrote them: L1 must not answer.
             total += tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
             part_ptrs += R.to(tl.int64) * K
-        tl.store(da_ptr + offs, total.to(da_ptr.dtype.element_ty), mask=mask)
+        tl.store(da_ptr + offs, cast(total, da_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _accumulate(
     mask_k, mask_r = offs_k < K, offs_r < R
     if a_ptr is not None:
         a_ptrs = a_ptr + offs_r[:, None] * stride_ar + offs_k[None, :] * stride_ak
-        a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0).to(IO)
+        a = cast(tl.load(a_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0), IO)
     if mask_ptr is not None:
         row_bytes = tl.cdiv(K, 8)
         offs_byte = tl.min(offs_k, axis=0) // 8 + tl.arange(0, BLOCK_K // 8)
@@ -69,7 +69,7 @@ def _accumulate(
                 dx0 = dot(ds, a, tl.zeros((BLOCK_M, BLOCK_K), tl.float32)) * keep_scale
                 if mask_ptr is not None:
                     dx0 = tl.where(keep, dx0, 0.0)
-                tl.store(dx0_ptr + offs_m[:, None] * K + offs_k[None, :], dx0.to(IO), mask=mask_x)
+                tl.store(dx0_ptr + offs_m[:, None] * K + offs_k[None, :], cast(dx0, IO), mask=mask_x)
     return acc * keep_scale
 
 
@@ -100,7 +100,7 @@ def _x_factors_kernel(
     offs = offs_r.to(tl.int64)[:, None] * K + offs_k[None, :]
     mask = (offs_r < R)[:, None] & (offs_k < K)[None, :]
     if da_parts_ptr is None:
-        tl.store(da_ptr + offs, acc.to(da_ptr.dtype.element_ty), mask=mask)
+        tl.store(da_ptr + offs, cast(acc, da_ptr.dtype.element_ty), mask=mask)
     else:
         tl.store(da_parts_ptr + chunk.to(tl.int64) * R * K + offs, acc, mask=mask)
         if is_last_to_arrive(counters_ptr + pid_r * tl.num_programs(0) + strip, chunks):

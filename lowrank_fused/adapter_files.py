@@ -87,7 +87,7 @@ class AdapterFiles:
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Keys without the prefix, which adapters of transformers' own add_adapter() lack from the start.
 
-    With bias="all" PEFT writes the biases of modules_to_save once more under the names of its wrapper: left out.
+    With bias="all" PEFT writes the biases of modules_to_save again, under its wrapper's names: left out.
     """
     kept = {k: v for k, v in tensors.items() if ".modules_to_save." not in k and ".original_module." not in k}
     return {key.removeprefix(_PREFIX): value for key, value in kept.items()}

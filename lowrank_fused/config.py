@@ -49,17 +49,14 @@ class AdapterConfig:
         r: rank; None takes the method's default.
         lora_alpha: strength, the scale is usually alpha / r; None takes the method's default.
         lora_dropout: dropout probability on the low-rank input, 0 <= p < 1.
-        target_modules: "all-linear", a regular expression that must match a module's whole path, or a list of
-        paths or
+        target_modules: "all-linear", a regular expression for a module's whole path, or a list of paths or
             endings of paths ("q_proj", "layers.0.mlp.up_proj").
         exclude_modules: what not to adapt, as a list or a regular expression.
-        rank_pattern, alpha_pattern: {end of a path, or regular expression for it: value}; the first match
-        overrides.
+        rank_pattern, alpha_pattern: {end of a path, or regular expression for it: value}; first match wins.
         bias: which biases of the model train: "none", "all", or "lora_only" (those of adapted layers).
-        modules_to_save: names of modules that are trained whole and saved with the adapter, a new head for
-        example.
-        task_type: PEFT's, kept for its loader; "SEQ_CLS" and "TOKEN_CLS" train the classification head as
-        PEFT does.
+        modules_to_save: modules that are trained whole and saved with the adapter, a new head for example.
+        task_type: PEFT's, kept for its loader; without modules_to_save "SEQ_CLS", "TOKEN_CLS" and
+            "QUESTION_ANS" train the task's head, as in PEFT.
         autocast_adapter_dtype: keep trained parameters in float32 beside a 16-bit base weight, as PEFT does.
 
     Raises TypeError on an unknown field and ValueError on a value out of range.
@@ -91,28 +88,29 @@ class AdapterConfig:
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
         bias: str = "none",
-        modules_to_save: Iterable[str] | None = None,
+        modules_to_save: str | Iterable[str] | None = None,
         task_type: str | None = None,
         autocast_adapter_dtype: bool = True,
         **more: Any,
     ) -> None:
         given = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout or None}
-        for alias, name in _ALIASES.items():
-            if alias in more:
-                if given[name] is not None:
-                    raise TypeError(f"AdapterConfig got both {name} and its alias {alias}; give one of them")
-                given[name] = more.pop(alias)
+        for alias in _ALIASES.keys() & more.keys():
+            if given[_ALIASES[alias]] is not None:
+                raise TypeError(
+                    f"AdapterConfig got {_ALIASES[alias]} and its alias {alias}; give one of them"
+                )
+            given[_ALIASES[alias]] = more.pop(alias)
+        whole = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
         values: dict[str, Any] = {
+            **given,
             "method": method,
-            "r": given["r"],
-            "lora_alpha": given["lora_alpha"],
             "lora_dropout": given["lora_dropout"] or 0.0,
             "target_modules": ALL_LINEAR if _is_all_linear(target_modules) else _names(target_modules),
             "exclude_modules": _names(exclude_modules),
             "rank_pattern": dict(rank_pattern or {}),
             "alpha_pattern": dict(alpha_pattern or {}),
             "bias": bias,
-            "modules_to_save": _names(modules_to_save),
+            "modules_to_save": _names(whole),
             "task_type": task_type,
             "autocast_adapter_dtype": autocast_adapter_dtype,
             "options": more,

@@ -122,7 +122,7 @@ class LowRankLinear(nn.Module):
         self.trained_names, self.frozen_names = tuple(start.parameters), tuple(start.frozen)
         self._constants = dict(start.constants)
         tensors = {name: _leaf(value, dtype, True) for name, value in start.parameters.items()}
-        # Frozen vectors have the trained tensors' dtype: a difference to a start must be exactly zero at first.
+        # Frozen vectors have the trained tensors' dtype, so that a difference to a start is exactly zero.
         tensors |= {
             name: _leaf(value, dtype if value.dim() < 2 else value.dtype, False)
             for name, value in start.frozen.items()

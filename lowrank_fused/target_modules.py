@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -75,41 +75,41 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> Targets:
     Nothing found: ValueError.
     """
     everything = config.target_modules == ALL_LINEAR
-    kept_whole = modules_to_save(model, config)
     head = _head_paths(model) if everything else {}
     targets = Targets()
     refused: dict[str, str] = {}
     by_module: dict[int, Target] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if not (is_linear_like(module) if everything else matches(config.target_modules, path)):
-            continue
-        if matches(config.exclude_modules, path) or _is_inside(path, kept_whole):
-            continue
-        if isinstance(config.target_modules, str) and not is_linear_like(module):
-            continue
+    for path, module in _candidates(model, config):
         if id(module) in by_module:
             by_module[id(module)].paths.append(path)
-            continue
-        if path in head:
+        elif path in head:
             targets.head[path] = head[path]
-            continue
-        reason = why_not_adaptable(module, model.get_submodule(path.rpartition(".")[0]))
-        if reason is None:
-            by_module[id(module)] = Target(module, [path])
-            targets.found.append(by_module[id(module)])
-        elif everything:
-            targets.skipped[path] = reason
+        elif reason := why_not_adaptable(module, model.get_submodule(path.rpartition(".")[0])):
+            (targets.skipped if everything else refused)[path] = reason
         else:
-            refused[path] = reason
+            by_module[id(module)] = Target(module, [path])
     if refused:
         listed = "; ".join(f"{path}: {reason}" for path, reason in refused.items())
-        raise UnsupportedError(
-            f"target_modules names layers that can't carry an adapter: {listed}. Use exclude_modules"
-        )
+        raise UnsupportedError(f"target_modules names layers that can't carry an adapter: {listed}")
+    targets.found = list(by_module.values())
     if not targets.found:
         raise ValueError(_nothing_found(model, config, targets))
     _mark_ties(model, targets)
     return targets
+
+
+def _candidates(model: nn.Module, config: AdapterConfig) -> Iterator[tuple[str, nn.Module]]:
+    """What the names mean, under every path that holds it, before asking whether it can carry an adapter."""
+    named = not isinstance(config.target_modules, str)
+    kept_whole = modules_to_save(model, config)
+    for path, module in model.named_modules(remove_duplicate=False):
+        if config.target_modules != ALL_LINEAR and not matches(config.target_modules, path):
+            continue
+        if matches(config.exclude_modules, path) or _is_inside(path, kept_whole):
+            continue
+        # A regular expression often matches containers and activations too; a name means what it says.
+        if named or is_linear_like(module):
+            yield path, module
 
 
 def _is_inside(path: str, parents: Iterable[str]) -> bool:

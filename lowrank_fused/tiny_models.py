@@ -1,4 +1,4 @@
-"""Small transformers models with random weights, and an input for each: for tests and examples without a hub."""
+"""Small transformers models with random weights and an input for each: tests and examples without a hub."""
 
 from __future__ import annotations
 

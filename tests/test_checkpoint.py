@@ -115,7 +115,7 @@ def save_theirs(model, folder):
     ids=str,
 )
 def test_we_load_pefts(kind, settings, tmp_path):
-    # Without a task PEFT adapts the two-class head as well, and then cuts a rank of 4 to 2 behind the config's back.
+    # Without a task PEFT adapts the two-class head as well, where a decomposition has no rank of 4.
     task = "SEQ_CLS" if kind in ("roberta", "vit") else None
     config = peft.LoraConfig(r=4, lora_alpha=8, task_type=task, **settings)
     theirs = move(peft.get_peft_model(tiny_model(kind), config)).eval()
@@ -163,7 +163,7 @@ def test_the_config_on_disk_is_pefts(tmp_path):
     assert config.init_lora_weights is True and config.fan_in_fan_out is False
     lf.save_adapter(adapted("gpt2"), tmp_path)
     assert peft.PeftConfig.from_pretrained(tmp_path).fan_in_fan_out is True
-    # "dense" also names a layer of RoBERTa's head, which "all-linear" leaves out: then the whole paths are written.
+    # "dense" also ends a path in RoBERTa's head, which "all-linear" leaves out: whole paths are written then.
     lf.save_adapter(adapted("roberta"), tmp_path)
     assert "roberta.encoder.layer.0.output.dense" in peft.PeftConfig.from_pretrained(tmp_path).target_modules
 
@@ -311,6 +311,15 @@ def test_files_that_do_not_fit_are_refused_and_change_nothing(damage, fresh, tmp
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
 
 
+def test_pivots_that_are_not_integers_are_refused(tmp_path):
+    model = adapted(method="loldu")
+    lf.save_adapter(model, tmp_path)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.loldu_pivots"
+    edit_tensors(tmp_path, lambda tensors: tensors.update({key: tensors[key].float()}))
+    with pytest.raises(lf.CheckpointError, match="loldu_pivots is torch.float32 in the file and torch.int32"):
+        lf.load_adapter(model, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -347,6 +356,18 @@ def test_a_merged_model_saves_the_adapter_that_was_merged(tmp_path):
     lf.merge(model)
     lf.save_adapter(model, tmp_path)
     assert torch.equal(logits(lf.load_adapter(tiny_model("llama"), tmp_path)), y)
+
+
+def test_start_values_that_make_no_finite_residual_are_taken_back(tmp_path):
+    model = adapted(init_lora_weights="pissa")
+    lf.save_adapter(model, tmp_path)
+    file = tmp_path / "adapter_start.safetensors"
+    save_file({key: torch.full_like(value, 1e30) for key, value in load_file(file).items()}, file)
+    for other in (move(model), tiny_model("llama")):
+        before = state(other)
+        with pytest.raises(lf.CheckpointError, match="residual weight of the starting values"):
+            lf.load_adapter(other, tmp_path)
+        assert_same_state(other, before)
 
 
 def test_a_save_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):

@@ -191,8 +191,8 @@ def test_results_of_the_stages(store: Store) -> None:
 )
 def test_kernels_are_timed_one_by_one() -> None:
     device = torch.device("cuda") if torch.cuda.is_available() else CPU
-    layer = Setting(device=device).layer((64, 48), 33, 8, 0.1, torch.float32)
-    found = gpu_stages.time_kernels(layer, ("thin", "split"), budget_s=0.0)
+    layer = Setting(device=device).layer((32, 24), 9, 4, 0.1, torch.float32)
+    found = gpu_stages.time_kernels(layer, ("thin", "split"), budget_s=0.0, min_rounds=1)
     routes = [row["route"] for row in found["launches"]]
     assert routes.count("split:forward") == 2 and routes.count("split:backward") == 3
     assert routes.count("thin:forward") == 2 and routes.count("thin:backward") == 2

@@ -323,3 +323,13 @@ def test_inject_says_which_layer_is_singular_and_changes_nothing():
     with pytest.raises(lf.SingularPivotError, match="1: pivot 1 of the leading 4"):
         lf.inject(model, method="loldu", rank=4)
     assert list(model) == before and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k", "r"), SHAPES)
+def test_ldu_on_a_gpu_is_that_of_the_cpu(n, k, r):
+    torch.manual_seed(0)
+    weight = torch.randn(n, k, dtype=torch.float64)
+    for ours, right in zip(ldu(weight.cuda(), r), ldu(weight, r), strict=True):
+        assert ours.is_cuda
+        torch.testing.assert_close(ours.cpu(), right, rtol=0, atol=1e-10)

@@ -141,7 +141,7 @@ def test_targets_follow_pefts_rules(settings, expected):
 def test_patterns_give_layers_their_own_rank_and_alpha():
     model = tiny_model("llama")
     patterns = {
-        "rank_pattern": {"layers.0.self_attn.q_proj": 2, "up_proj": 6},
+        "rank_pattern": {"proj": 7, "layers.0.self_attn.q_proj": 2, "up_proj": 6},
         "alpha_pattern": {r"mlp\..*": 3},
     }
     lf.inject(model, rank=4, alpha=8, **patterns)
@@ -181,6 +181,7 @@ def test_biases_and_heads_train_and_come_back(bias):
 def test_task_type_trains_the_head_as_peft_does():
     model = tiny_model("roberta")
     lf.inject(model, rank=2, target_modules=["query"], task_type="SEQ_CLS")
+    assert lf.AdapterConfig(modules_to_save="classifier").modules_to_save == ("classifier",)
     assert model.classifier.dense.weight.requires_grad and model.classifier.out_proj.bias.requires_grad
 
 
@@ -274,6 +275,8 @@ def test_an_inject_that_fails_while_placing_leaves_no_trace(monkeypatch):
     ("settings", "error", "message"),
     [
         ({"target_modules": ["q_porj"]}, ValueError, "matches no module; did you mean 'q_proj'"),
+        ({"target_modules": ["proj"]}, ValueError, "matches no module"),
+        ({"target_modules": "q_proj"}, ValueError, "regular expression for the whole path; give a list"),
         (
             {"target_modules": ["embed_tokens"]},
             lf.UnsupportedError,
@@ -386,6 +389,14 @@ def test_copies_of_an_adapted_model_stand_alone(settings):
         assert torch.equal(logits(model), adapted)
 
 
+@each_method
+def test_the_replaced_linears_hold_no_memory_on_the_device(settings):
+    model = lf.inject(tiny_model("llama"), rank=4, **settings)
+    for layer in (m for m in model.modules() if isinstance(m, lf.LowRankLinear)):
+        left = [p for p in layer._replaced[0].parameters() if p.device.type != "cpu" or not layer.residual]
+        assert not left
+
+
 def test_wrapped_models_are_unwrapped():
     model = lf.inject(tiny_model("llama"), rank=2)
     compiled = torch.compile(model, backend="eager")
@@ -420,3 +431,23 @@ def test_config_takes_aliases_and_gives_itself_back():
     assert lf.AdapterConfig(**other.to_dict()) == other and other.options == {"form": "residual"}
     with pytest.raises(AttributeError):
         config.r = 4
+
+
+@pytest.mark.gpu
+@each_method
+def test_on_a_gpu_everything_comes_back_and_originals_wait_on_the_host(settings):
+    model = tiny_model("llama").cuda()
+    before = snapshot(model)
+    lf.inject(model, rank=4, **settings)
+    layers = [m for m in model.modules() if isinstance(m, lf.LowRankLinear)]
+    assert all(t.is_cuda for layer in layers for t in layer.state_dict().values())
+    assert not any(p.is_cuda for layer in layers for p in layer._replaced[0].parameters())
+    move(model)
+    adapted = logits(model)
+    lf.merge(model)
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-3, atol=1e-4)
+    assert not any(layer._unmerged.is_cuda for layer in layers)
+    lf.unmerge(model)
+    torch.testing.assert_close(logits(model), adapted)
+    lf.remove(model)
+    assert_unchanged(model, before)

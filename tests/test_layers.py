@@ -280,7 +280,7 @@ def test_what_cannot_carry_an_adapter_says_why(module, reason):
         ({"rnk": 4}, TypeError, "no field 'rnk'; did you mean 'rank'"),
         ({"method": "lorra"}, ValueError, "did you mean 'lora'"),
         ({"method": "loldu", "form": "deltas"}, ValueError, "form must be 'delta' or 'residual'"),
-        ({"rank": 4, "r": 8}, TypeError, "both r and its alias rank"),
+        ({"rank": 4, "r": 8}, TypeError, "got r and its alias rank"),
     ],
 )
 def test_bad_values_are_named_and_the_linear_stays_as_it_was(settings, error, message):

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowrank_fused import UnsupportedError
 from lowrank_fused.linear import routes_for
 from lowrank_fused.routes import ROUTES, choose, implementation, unavailable
+from lowrank_fused.routes.problem import Options
 from lowrank_fused.target import CPU, Target
 from lowrank_fused.testing import Operands
 
@@ -92,15 +93,18 @@ LAUNCHES = {
 def test_launches(route, core, p):
     """Two launches forward and three backward (split), three and three with one library GEMM each way (thin)."""
     from lowrank_fused.kernels.launch import record
-    from lowrank_fused.linear import lowrank_linear
 
     o = Operands.random(150, 70, 90, 4, core=core, device="cuda" if torch.cuda.is_available() else "cpu")
+    x, a, b, d = (None if t is None else t.detach() for t in (o.x, o.a, o.b, o.core))
+    seed = torch.tensor([3], device=x.device) if p else None
+    options = Options(0.5, core, p, True, True, True, core != "none", False)
+    engine = implementation(route, x)
     forward, forward_products, backward, backward_products = LAUNCHES[route]
     with record() as launches, CountProducts(o.weight) as counter:
-        y = lowrank_linear(o.x, o.weight, o.a, o.b, core=o.core, dropout_p=p, route=route)
+        _, saved = engine.forward(x, o.weight, a, b, d, None, seed, options)
     assert [launch.name for launch in launches] == forward
     assert counter.products == forward_products
     with record() as launches, CountProducts(o.weight) as counter:
-        torch.autograd.grad(y, list(o.leaves().values()), o.dy)
+        engine.backward(o.dy, x, o.weight, a, b, d, saved, options)
     assert [launch.name for launch in launches] == backward
     assert counter.products == backward_products
