@@ -2,8 +2,8 @@
 
 Both compute out = x · w + u · f with x [M, inner], w [inner, columns] big and u [M, R], f [R, columns] thin.
 Where rows are 16-byte aligned and the GPU has TMA descriptors (sm_90, sm_100), x, w and out go through host
-descriptors and the kernel is persistent; elsewhere through pointers, one program a tile. u and f always go through
-pointers: any rank, any dtype, no padded copies, and their blocks reuse the shared memory of the main loop.
+descriptors and the kernel is persistent; elsewhere through pointers, one program a tile. u and f always go
+through pointers: any rank, any dtype, no padded copies, and their blocks reuse the main loop's shared memory.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ __all__ = [
     "rank_multiple",
 ]
 
-# How a kernel may read matrices: by descriptors, by pointers 16 bytes at a time, by pointers element by element.
+# How a kernel may read matrices: by descriptors, by pointers to 16 bytes, by pointers to single elements.
 Access = Literal["descriptors", "vectors", "elements"]
 
 # Tiles (rows, columns, inner) that compile without spills, each with the share of the first one's rate that it
-# reaches on a full GPU. The shares are priors.
+# may reach on a full GPU: priors, not measurements.
 _TILES: dict[Access, list[tuple[Tile, float]]] = {
     "descriptors": [
         (Tile(128, 256, 64, num_warps=8, num_stages=3, use_tma=True), 1.0),
@@ -82,7 +82,7 @@ def choose_gemm_tile(rows: int, cols: int, rank: int, dtype: torch.dtype, access
         return cdiv(tiles, sms) * tile.block_m * tile.block_n / share
 
     tile, _ = min(_FP32_TILES if dtype == torch.float32 else _TILES[access], key=time)
-    # Loads of single elements, and mma.sync's accumulators, leave registers for a narrow block of u and f only.
+    # Loads of single elements, or mma.sync's accumulators, leave registers for narrow blocks of u and f.
     wide = tile.use_tma and rank > 16 and rank % 16 == 0
     return replace(tile, block_r=32 if wide else 16)
 
@@ -110,15 +110,15 @@ def _has_aligned_rows(matrix: Tensor, step: int) -> bool:
 
 
 def descriptor(matrix: Tensor, block_rows: int, block_cols: int) -> Any:
-    """Host descriptor of [block_rows, block_cols] blocks; of their transposes where the matrix runs along rows."""
+    """Host descriptor of [block_rows, block_cols] blocks; of their transposes for contiguous columns."""
     if matrix.stride(1) != 1:
         return descriptor(matrix.t(), block_cols, block_rows)
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [block_rows, block_cols])
 
 
 def rank_multiple(rank: int) -> int:
-    """The largest power of two up to 16 that divides the rank: how many elements of a row of u fit in one load."""
-    return min(rank & -rank, 16)
+    """The largest power of two up to 16 that divides the rank: how many elements of u one load may take."""
+    return min(rank & -rank, 16) or 16
 
 
 @triton.jit

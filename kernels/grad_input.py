@@ -37,7 +37,7 @@ def _grad_input_kernel(
     RANK_MULTIPLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dx [M, K] = dy [M, N] W [N, K] + keep ∘ (ds [M, R] A [R, K]) · keep_scale, keep as packed bits.
+    """One tile of dx [M, K] = dy [M, N] W [N, K] + keep ∘ (ds [M, R] A [R, K]) · keep_scale; keep is packed.
 
     A masked low-rank product comes first, while the accumulator holds nothing else that the mask would hit.
     """
@@ -115,6 +115,8 @@ def grad_input(
         tile = choose_tile(M, N, K, R, dy.dtype, access_of(dy, w, dx, arch=arch_of(dy)), sm_count(dy))
     if ds is not None and a is not None:
         ds, a = ds.contiguous(), a.contiguous()
+    else:
+        mask = None
     args = {"ds_ptr": ds, "a_ptr": a, "mask_ptr": mask, "keep_scale": keep_scale(dropout_p)}
     args |= {"M": M, "N": N, "K": K, "R": R, "RANK_MULTIPLE": rank_multiple(R)}
     args |= {

@@ -57,8 +57,8 @@ def _lowrank_forward_tma_kernel(
 ):  # fmt: skip
     """The same through descriptors of x, W and y, with as many programs as SMs taking tiles in turn.
 
-    The low-rank product comes after the main loop: before it, or pipelined with it, its blocks would need shared
-    memory beside those of x and W.
+    The low-rank product comes after the main loop: before it, or pipelined with it, its blocks would need
+    shared memory beside those of x and W.
     """
     R = R // RANK_MULTIPLE * RANK_MULTIPLE
     num_pid_m, num_pid_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
