@@ -28,6 +28,7 @@ except ImportError:  # Triton 3.4 has it; a build without keeps the pointer path
 __all__ = [
     "Access",
     "access_of",
+    "blocks_of",
     "choose_gemm_tile",
     "descriptor",
     "descriptor_product",
@@ -40,8 +41,8 @@ __all__ = [
 # How a kernel may read matrices: by descriptors, by pointers to 16 bytes, by pointers to single elements.
 Access = Literal["descriptors", "vectors", "elements"]
 
-# Tiles (rows, columns, inner) that compile without spills, each with the share of the first one's rate that it
-# may reach on a full GPU: priors, not measurements.
+# Tiles (rows, columns, inner) that compile without spills, each with the share of the first one's rate it may
+# reach on a full GPU: priors, not measurements.
 _TILES: dict[Access, list[tuple[Tile, float]]] = {
     "descriptors": [
         (Tile(128, 256, 64, num_warps=8, num_stages=3, use_tma=True), 1.0),
@@ -114,6 +115,16 @@ def descriptor(matrix: Tensor, block_rows: int, block_cols: int) -> Any:
     if matrix.stride(1) != 1:
         return descriptor(matrix.t(), block_cols, block_rows)
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [block_rows, block_cols])
+
+
+def blocks_of(tile: Tile) -> dict[str, int]:
+    """Block sizes as arguments of a kernel."""
+    return {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "BLOCK_R": tile.block_r,
+    }
 
 
 def rank_multiple(rank: int) -> int:

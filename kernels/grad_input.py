@@ -13,6 +13,7 @@ from .dropout import keep_scale
 from .gemm import (
     Access,
     access_of,
+    blocks_of,
     choose_gemm_tile,
     descriptor,
     descriptor_product,
@@ -118,13 +119,7 @@ def grad_input(
     else:
         mask = None
     args = {"ds_ptr": ds, "a_ptr": a, "mask_ptr": mask, "keep_scale": keep_scale(dropout_p)}
-    args |= {"M": M, "N": N, "K": K, "R": R, "RANK_MULTIPLE": rank_multiple(R)}
-    args |= {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_K": tile.block_k,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_R": tile.block_r,
-    }
+    args |= {"M": M, "N": N, "K": K, "R": R, "RANK_MULTIPLE": rank_multiple(R), **blocks_of(tile)}
     tiles = cdiv(M, tile.block_m) * cdiv(K, tile.block_k)
     if tile.use_tma:
         kernel, grid = _grad_input_tma_kernel, min(tiles, sm_count(dy))

@@ -10,6 +10,7 @@ from torch import Tensor
 from .gemm import (
     Access,
     access_of,
+    blocks_of,
     choose_gemm_tile,
     descriptor,
     descriptor_product,
@@ -96,14 +97,8 @@ def lowrank_forward(
     if tile is None:
         tile = choose_tile(M, N, K, R, x.dtype, access_of(x, w, y, arch=arch_of(x)), sm_count(x))
     v, b = v.contiguous(), b.contiguous()
-    args = {"v_ptr": v, "b_ptr": b, "bias_ptr": bias, "M": M, "N": N, "K": K, "R": R}
-    args |= {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "BLOCK_R": tile.block_r,
-    }
-    args["RANK_MULTIPLE"] = rank_multiple(R)
+    args = {"v_ptr": v, "b_ptr": b, "bias_ptr": bias, **blocks_of(tile)}
+    args |= {"M": M, "N": N, "K": K, "R": R, "RANK_MULTIPLE": rank_multiple(R)}
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     if tile.use_tma:
         kernel, grid = _lowrank_forward_tma_kernel, min(tiles, sm_count(x))

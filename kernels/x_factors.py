@@ -20,14 +20,14 @@ __all__ = ["choose_tile", "factor_grad", "x_factors"]
 
 @triton.jit
 def _sum_parts(parts_ptr, da_ptr, first_r, offs_k, chunks, R, K, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """da[r, k] = Σ_c parts[c, r, k] for one strip of columns; 16 ranks at a time, so that four loads are in flight."""
+    """da[r, k] = Σ_c parts[c, r, k] for one strip of columns; 16 ranks at a time, two parts in flight."""
     for r in range(0, BLOCK_R, 16):
         rows = first_r + r + tl.arange(0, 16)
         offs = rows.to(tl.int64)[:, None] * K + offs_k[None, :]
         mask = (rows < R)[:, None] & (offs_k < K)[None, :]
         total = tl.zeros((16, BLOCK_K), tl.float32)
         part_ptrs = parts_ptr + offs
-        for _ in tl.range(0, chunks, loop_unroll_factor=4):
+        for _ in tl.range(0, chunks, loop_unroll_factor=2):
             # Other programs of this launch wrote them: L1 must not answer.
             total += tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
             part_ptrs += R.to(tl.int64) * K
@@ -137,7 +137,7 @@ def x_factors(
     if tile is None:
         tile = choose_tile(R, x.dtype, want_dx0, arch_of(x))
     # Rank blocks cannot share a sum over the rank: beyond one, dx0 is a launch of its own.
-    fused = want_dx0 and R <= tile.block_r
+    fused = want_dx0 and tile.block_r >= R
     da = torch.empty(a.shape, dtype=a.dtype, device=x.device)
     dx0 = torch.empty(x.shape, dtype=x.dtype, device=x.device) if fused else None
     _launch(x, ds, da, a if fused else None, dx0, mask, keep_scale(dropout_p), tile, chunk_rows)

@@ -177,7 +177,9 @@ def lowrank_linear(
         b = b * out.to(b.dtype)[:, None]
     inner_bias = None if bias is None or col is not None else bias.to(x.dtype)
     options = Options(scale, kind, dropout_p, *_wanted(x, a, b, core_tensor, inner_bias))
-    if dropout_p and seed is None:
+    if not dropout_p:
+        seed = None
+    elif seed is None:
         seed = draw_seed(x.device)
     routes = routes_for(x, weight, a, dropout_p, route)
     if any(options[3:]):
@@ -238,14 +240,13 @@ def _check(
     ra, rb = a.shape[0], b.shape[1]
     if ra < 1 or rb < 1:
         raise ValueError(f"the rank must be at least 1, got a {list(a.shape)} and b {list(b.shape)}")
-    expected = {"none": None, "diag": [ra], "dense": [rb, ra], "gate": None}[kind]
     if kind in ("none", "diag") and ra != rb:
         raise ValueError(
             f"a has rank {ra} but b has rank {rb}; only a dense core or a gate may change the rank"
         )
-    if expected is not None and list(core.shape) != expected:
+    if core is not None and kind != "gate" and list(core.shape) != (expected := [rb, ra][-core.dim() :]):
         raise ValueError(f"a {kind} core must be {expected}, got {list(core.shape)}")
-    if kind == "gate" and (core.numel() != x.numel() // k * core.shape[1] or core.shape[1] * ra != rb):
+    if core is not None and kind == "gate" and (core.numel() != x.numel() // k * core.shape[1] or core.shape[1] * ra != rb):
         raise ValueError(
             f"a gate must have a row per token and E columns with b of rank E · {ra}; got g {list(core.shape)}, "
             f"x {list(x.shape)}, b {list(b.shape)}"

@@ -10,8 +10,6 @@ only small parameters is autograd's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Union
-
 import torch
 from torch import Tensor
 
@@ -29,7 +27,7 @@ class Gate:
 
 
 # None: v = s. A vector [R]: v = s ∘ d. A matrix [Rb, Ra]: v = s Cᵀ. A Gate: see above.
-Core = Union[Tensor, Gate, None]
+Core = Tensor | Gate | None
 
 
 @dataclass(frozen=True)

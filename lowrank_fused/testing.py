@@ -118,7 +118,7 @@ class Operands:
 
         rb = {"none": r, "diag": r, "dense": r + 1, "gate": 2 * r}[core]
         shape = {"none": None, "diag": (r,), "dense": (rb, r), "gate": (m, 2)}[core]
-        named = {name: leaf(n) if name in vectors else None for name in ("bias", "out", "col")}
+        named: dict[str, Any] = {name: leaf(n) if name in vectors else None for name in ("bias", "out", "col")}
         return cls(
             x=leaf(m, k),
             weight=leaf(n, k, std=k**-0.5).detach(),
@@ -133,10 +133,12 @@ class Operands:
     def to(self, dtype: torch.dtype) -> Operands:
         """The same values as fresh leaves of another dtype."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
-        return replace(
-            self, **{k: v.detach().to(dtype).requires_grad_(v.requires_grad) for k, v in tensors.items()}
-        )
+        moved: dict[str, Any] = {
+            k: v.detach().to(dtype).requires_grad_(v.requires_grad)
+            for k, v in values.items()
+            if isinstance(v, Tensor)
+        }
+        return replace(self, **moved)
 
     def absolute(self) -> Operands:
         """The absolute values in float64: the same computation on them shows how large its intermediates get."""

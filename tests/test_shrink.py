@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from lowrank_fused.dropout import draw_keep, unpack
 from lowrank_fused.testing import assert_as_accurate_as_torch, integer_operand
 

@@ -13,7 +13,7 @@ one number that decides between `thin` and `split`: e, the speed of Triton's GEM
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..target import Target, interpreting, target_of
+from . import addmm, reference
+from .problem import Route
 
 __all__ = ["ROUTES", "choose", "implementation", "unavailable"]
 
@@ -69,7 +71,7 @@ def choose(
     return min(cost, key=lambda route: cost[route])
 
 
-def _nearest(table: dict[int, float], arch: int) -> float:
+def _nearest(table: Mapping[int, float], arch: int) -> float:
     """The entry of the newest architecture that is not newer than this one."""
     return table[max((known for known in table if known <= arch), default=min(table))]
 
@@ -89,18 +91,14 @@ def unavailable(route: str, device: torch.device, dtype: torch.dtype) -> str | N
     return f"no Triton kernels for {device.type}: they need Triton and an NVIDIA GPU of compute capability 8.0 or newer"
 
 
-def implementation(route: str, like: Tensor) -> ModuleType:
-    """The module with forward() and backward() of a route; kernels are imported on first use."""
+def implementation(route: str, like: Tensor) -> Route:
+    """What has the forward() and backward() of a route; kernels are imported on first use."""
     if reason := unavailable(route, like.device, like.dtype):
         raise UnsupportedError(f"route {route!r} cannot run: {reason}")
     if route == "reference":
-        from . import reference
-
         return reference
     if route == "addmm" or like.shape[0] == 0:
-        from . import addmm
-
         return addmm
-    from . import fused
+    from .fused import SPLIT, THIN
 
-    return fused.SPLIT if route == "split" else fused.THIN
+    return SPLIT if route == "split" else THIN

@@ -29,7 +29,7 @@ def forward(
     """y = x Wᵀ + bias, then y += scale · core(s) Bᵀ in place; x [M, K]."""
     mask = None
     dropped = x
-    if seed is not None and o.dropout_p:
+    if seed is not None:
         keep = draw_keep(seed, x.shape[0], x.shape[1], o.dropout_p)
         mask = pack(keep)
         dropped = zero_dropped(x, keep)

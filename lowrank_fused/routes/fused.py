@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lowrank_fused.kernels.dy_factors import dy_factors, one_pass_max_rank

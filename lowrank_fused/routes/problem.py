@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-__all__ = ["Grads", "Options", "Saved"]
+__all__ = ["Grads", "Options", "Route", "Saved"]
 
 
 class Options(NamedTuple):
@@ -59,3 +59,33 @@ class Grads:
     b: Tensor | None = None
     core: Tensor | None = None
     bias: Tensor | None = None
+
+
+class Route(Protocol):
+    """Forward and backward of the engine on x [M, K] and dy [M, N]; every route keeps and returns the same."""
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        core: Tensor | None,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        o: Options,
+    ) -> tuple[Tensor, Saved]:
+        """y [M, N] and what backward needs; `seed` is None without dropout."""
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        core: Tensor | None,
+        saved: Saved,
+        o: Options,
+    ) -> Grads:
+        """The gradients that `o` asks for; x, saved.s and saved.mask are None where `o` does not keep them."""

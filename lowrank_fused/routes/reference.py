@@ -65,8 +65,9 @@ def forward(
     o: Options,
 ) -> tuple[Tensor, Saved]:
     """y and what backward needs; x [M, K]."""
-    keep = draw_keep(seed, *x.shape, o.dropout_p) if o.dropout_p else None
-    s = _dropped(x, None if keep is None else unpadded(keep, x.shape[1]), o.dropout_p) @ a.to(x.dtype).t()
+    m, k = x.shape
+    keep = None if seed is None else draw_keep(seed, m, k, o.dropout_p)
+    s = _dropped(x, None if keep is None else unpadded(keep, k), o.dropout_p) @ a.to(x.dtype).t()
     low_rank = core_forward(s, o.core_kind, core) @ b.to(x.dtype).t()
     return F.linear(x, weight, bias) + o.scale * low_rank, Saved(s, None if keep is None else pack(keep))
 
@@ -88,9 +89,9 @@ def backward(
     ds = core_input_grad(gv, o.core_kind, core)
     return Grads(
         x=dy @ weight + _dropped(ds @ a.to(dy.dtype), keep, o.dropout_p) if o.wants_x else None,
-        a=ds.t() @ _dropped(x, keep, o.dropout_p) if o.wants_a else None,
-        b=o.scale * (dy.t() @ core_forward(s, o.core_kind, core)) if o.wants_b else None,
-        core=core_grad(gv, s, o.core_kind) if o.wants_core else None,
+        a=ds.t() @ _dropped(x, keep, o.dropout_p) if o.wants_a and x is not None else None,
+        b=o.scale * (dy.t() @ core_forward(s, o.core_kind, core)) if o.wants_b and s is not None else None,
+        core=core_grad(gv, s, o.core_kind) if o.wants_core and s is not None else None,
         bias=dy.sum(0) if o.wants_bias else None,
     )
 

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowrank_fused.testing import assert_as_accurate_as_torch, integer_operand
+
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned")]
+
+SHAPES = [
+    # M, N, K, R for 32 x 32 x 32 tiles
+    pytest.param(64, 64, 64, 16, id="aligned"),
+    pytest.param(65, 64, 64, 16, id="one-row-over"),
+    pytest.param(32, 65, 64, 16, id="one-column-over"),
+    pytest.param(32, 63, 65, 17, id="one-inner-and-one-rank-over"),
+    pytest.param(37, 53, 41, 7, id="primes"),
+    pytest.param(1, 40, 70, 4, id="one-token"),
+    pytest.param(33, 40, 8, 8, id="inner-below-its-block"),
+    pytest.param(5, 3, 2, 1, id="rank-one"),
+    pytest.param(20, 48, 40, 64, id="several-rank-blocks"),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LAYOUTS = ["linear", "conv1d"]
+
+
+def small_tile(use_tma: bool = False):
+    from lowrank_fused.kernels.launch import Tile
+
+    return Tile(32, 32, 32, num_warps=4, num_stages=2, use_tma=use_tma)
+
+
+def weight(n: int, k: int, layout: str, make) -> Tensor:
+    """W [n, k], in rows as nn.Linear keeps it or in columns as Conv1D does."""
+    return make(n, k) if layout == "linear" else make(k, n).t()
+
+
+def reference(x: Tensor, w: Tensor, v: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = x @ w.t() + v @ b.t()
+    return y if bias is None else y + bias
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "k", "r"), SHAPES)
+def test_integers_come_out_exactly(m, n, k, r, dtype, layout, device):
+    from lowrank_fused.kernels.lowrank_forward import lowrank_forward
+
+    def make(*shape):
+        return integer_operand(*shape, low=-1, high=1, dtype=dtype).to(device)
+
+    x, w, v, b, bias = make(m, k), weight(n, k, layout, make), make(m, r), make(n, r), make(n)
+    wide = [t.double() for t in (x, w, v, b, bias)]
+    assert torch.equal(lowrank_forward(x, w, v, b, tile=small_tile()), reference(*wide[:4]).to(dtype))
+    assert torch.equal(lowrank_forward(x, w, v, b, bias=bias, tile=small_tile()), reference(*wide).to(dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "k", "r"), [(45, 77, 90, 20), (70, 33, 129, 8)])
+def test_as_accurate_as_torch(m, n, k, r, dtype, layout, device):
+    from lowrank_fused.kernels.lowrank_forward import lowrank_forward
+
+    torch.manual_seed(0)
+
+    def make(*shape):
+        return torch.randn(shape).to(device, dtype)
+
+    x, w, v, b, bias = make(m, k), weight(n, k, layout, make), make(m, r), make(n, r), make(n)
+    wide = [t.double() for t in (x, w, v, b, bias)]
+    y = lowrank_forward(x, w, v, b, bias=bias, tile=small_tile())
+    magnitude = reference(*(t.abs() for t in wide))
+    assert_as_accurate_as_torch(y, reference(x, w, v, b, bias), reference(*wide), "y", magnitude)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adapter_in_fp32_is_cast_in_the_kernel(dtype, device):
+    from lowrank_fused.kernels.lowrank_forward import lowrank_forward
+
+    torch.manual_seed(0)
+    x, w, v = (torch.randn(shape).to(device, dtype) for shape in ((40, 64), (50, 64), (40, 12)))
+    b, bias = torch.randn(50, 12, device=device), torch.randn(50, device=device)
+    y = lowrank_forward(x, w, v, b, bias=bias, tile=small_tile())
+    assert torch.equal(y, lowrank_forward(x, w, v, b.to(dtype), bias=bias, tile=small_tile()))
+    wide = [t.double() for t in (x, w, v, b.to(dtype), bias)]
+    plain = reference(x, w, v, b.to(dtype), bias.to(dtype))
+    assert_as_accurate_as_torch(y, plain, reference(*wide), "y", reference(*(t.abs() for t in wide)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "r"),
+    [(64, 64, 64, 16), (65, 72, 40, 17), (1, 40, 72, 4), (31, 136, 8, 8), (20, 48, 64, 64)],
+)
+def test_descriptors(m, n, k, r, dtype, layout, device):
+    from lowrank_fused.kernels.launch import arch_of
+    from lowrank_fused.kernels.lowrank_forward import lowrank_forward
+
+    if device.type == "cuda" and arch_of(torch.empty(0, device=device)) < 90:
+        pytest.skip("needs a GPU with a tensor memory accelerator")
+
+    def make(*shape):
+        return integer_operand(*shape, low=-1, high=1, dtype=dtype).to(device)
+
+    x, w, v, b, bias = make(m, k), weight(n, k, layout, make), make(m, r), make(n, r), make(n)
+    exact = reference(*(t.double() for t in (x, w, v, b, bias))).to(dtype)
+    assert torch.equal(lowrank_forward(x, w, v, b, bias=bias, tile=small_tile(use_tma=True)), exact)
+
+
+def test_any_strides(device):
+    from lowrank_fused.kernels.lowrank_forward import lowrank_forward
+
+    x = integer_operand(80, 140).to(device)[3:36, 5:135:2]
+    w = integer_operand(100, 200).to(device)[10:63, 7:137:2]
+    v, b = integer_operand(33, 40).to(device)[:, 5:14:2], integer_operand(5, 53).to(device).t()
+    assert torch.equal(lowrank_forward(x, w, v, b, tile=small_tile()), reference(x, w, v, b))
+    row = integer_operand(1, 65).to(device).expand(33, 65)
+    assert torch.equal(lowrank_forward(row, w, v, b, tile=small_tile()), reference(row, w, v, b))
+
+
+def test_result_does_not_depend_on_the_tile(device):
+    from lowrank_fused.kernels.lowrank_forward import lowrank_forward
+
+    def make(*shape):
+        return integer_operand(*shape, low=-1, high=1, dtype=torch.float16).to(device)
+
+    x, w, v, b = make(70, 96), make(130, 96), make(70, 24), make(130, 24)
+    expected = reference(*(t.double() for t in (x, w, v, b))).half()
+    for tile in (small_tile(), replace(small_tile(), block_m=64, block_n=16, block_k=16, block_r=32), None):
+        assert torch.equal(lowrank_forward(x, w, v, b, tile=tile), expected)
+
+
+def test_no_tokens(device):
+    from lowrank_fused.kernels.lowrank_forward import lowrank_forward
+
+    x, v = torch.ones(0, 24, device=device), torch.ones(0, 4, device=device)
+    y = lowrank_forward(x, torch.ones(20, 24, device=device), v, torch.ones(20, 4, device=device))
+    assert y.shape == (0, 20)
+
+
+def test_declared_work(device):
+    from lowrank_fused.kernels.launch import record
+    from lowrank_fused.kernels.lowrank_forward import lowrank_forward
+
+    x, w, v, b = (torch.ones(shape, device="meta") for shape in ((32, 48), (64, 48), (32, 8), (64, 8)))
+    with record() as launches:
+        y = lowrank_forward(x, w, v, b)
+    (launch,) = launches
+    assert (y.device.type, y.shape) == ("meta", (32, 64))
+    assert launch.bytes_read == 4 * (32 * 48 + 64 * 48 + 32 * 8 + 64 * 8)
+    assert launch.bytes_written == 4 * 32 * 64
+    assert launch.flops == 2 * 32 * 64 * (48 + 8)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_chosen_tile_fits_the_shape(arch):
+    from lowrank_fused.kernels.lowrank_forward import choose_tile
+
+    access = "vectors" if arch < 90 else "descriptors"
+    sms = {80: 108, 90: 132, 100: 148}[arch]
+
+    def chosen(m, n):
+        tile = choose_tile(m, n, 4096, 16, torch.bfloat16, access, sms)
+        return tile.block_m, tile.block_n
+
+    assert chosen(8192, 4096) == (128, 256)
+    assert chosen(8192, 14336) == (128, 256)
+    rows, columns = chosen(2048, 1024)  # 64 tiles of 128 x 256 would leave half of the GPU idle
+    assert (2048 // rows) * (1024 // columns) > sms // 2
+    assert chosen(8, 4096)[0] == (16 if arch < 90 else 64)
+
+
+def test_reading_follows_alignment():
+    from lowrank_fused.kernels.gemm import access_of
+
+    def half(*shape):
+        return torch.empty(shape, dtype=torch.float16, device="meta")
+
+    assert access_of(half(64, 128), half(128, 64).t(), arch=90) == "descriptors"
+    assert access_of(half(64, 128), half(128, 64).t(), arch=80) == "vectors"
+    assert access_of(half(64, 128), half(64, 128), arch=120) == "vectors"
+    assert (
+        access_of(half(64, 136), half(64, 128), arch=90) == "descriptors"
+    )  # 16-byte rows are enough for these
+    assert access_of(half(64, 136), half(64, 128), arch=80) == "elements"
+    assert access_of(half(64, 132), half(64, 128), arch=90) == "elements"
+    assert access_of(half(64, 256)[:, ::2], arch=90) == "elements"
+    assert access_of(half(64, 256)[:, 3:131], arch=90) == "elements"
+    assert access_of(half(1, 128).expand(64, 128), arch=90) == "elements"
+    assert access_of(half(64, 128).float(), arch=90) == "vectors"
