@@ -1,4 +1,3 @@
-# AUTHOR (thin-kernel helper): the lead replaced this file at 21:41; see /work/scratch/thin/00_MESSAGE_FROM_LEAD.md. New API: dy_factors -> final (ds, db, dcore); x_factors(x, ds, a, mask=, dropout_p=, want_dx0=) -> (da, dx0). Test these, then delete this line.
 """What a pass over dy yields: ds, dB and the gradient of a diagonal core."""
 
 from __future__ import annotations
@@ -182,7 +181,7 @@ def _without_db(
     """Without dB a program owns rows, not columns: ds needs no second stage, and each row block adds up its dd."""
     (M, _), R = dy.shape, b.shape[1]
     if tile is None:
-        tile = choose_row_tile(M, R, dy.dtype, arch_of(dy), sm_count(dy))
+        tile = choose_row_tile(M, R, dy.dtype, b.element_size(), arch_of(dy), sm_count(dy))
     assert s is not None or not want_dcore, "the gradient of the core needs s [M, R]"
     ds = torch.empty((M, R), dtype=dy.dtype, device=dy.device)
     dcore_parts = None

@@ -98,27 +98,34 @@ class Launch:
             return
         guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with guard:
-            self.kernel[self.grid](**self.args, num_warps=self.tile.num_warps, num_stages=self.tile.num_stages)
+            self.kernel[self.grid](**self.args, **self.options)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told besides the arguments."""
+        return {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
+
+    def source(self) -> ASTSource:
+        """What is compiled: launches with equal `source().hash()` and options share one binary."""
+        signature, constants, attributes = {}, {}, {}
+        for position, param in enumerate(self.kernel.params):
+            value = self.args[param.name]
+            fixed = param.is_constexpr or value is None
+            kind = "constexpr" if fixed else _signature_of(value, param.do_not_specialize)
+            if kind == "constexpr":
+                constants[(position,)] = value
+            elif kind[0] == "*" or (kind in ("i32", "i64") and not param.do_not_specialize and value % 16 == 0):
+                attributes[(position,)] = [["tt.divisibility", 16]]
+            signature[param.name] = kind
+        return ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
     def compile(self, arch: int) -> Any:
         """The compiled kernel for compute capability `arch` (80, 90, 100 …); needs neither GPU nor driver."""
         if INTERPRETING:
-            raise RuntimeError("kernels were defined for the interpreter; unset TRITON_INTERPRET to compile them")
-        signature, constants, attributes = {}, {}, {}
-        for position, param in enumerate(self.kernel.params):
-            value = self.args[param.name]
-            if param.is_constexpr or value is None:
-                kind = "constexpr"
-            else:
-                kind = _signature_of(value, param.do_not_specialize)
-            if kind == "constexpr":
-                constants[(position,)] = value
-            elif kind[0] == "*" or (isinstance(value, int) and not param.do_not_specialize and value % 16 == 0):
-                attributes[(position,)] = [["tt.divisibility", 16]]
-            signature[param.name] = kind
-        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
-        options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            raise RuntimeError(
+                "kernels were defined for the interpreter; unset TRITON_INTERPRET to compile them"
+            )
+        return triton.compile(self.source(), target=GPUTarget("cuda", arch, 32), options=self.options)
 
 
 def _tensor_of(value: Any) -> Tensor | None:

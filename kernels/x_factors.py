@@ -1,4 +1,3 @@
-# AUTHOR (thin-kernel helper): the lead replaced this file at 21:41; see /work/scratch/thin/00_MESSAGE_FROM_LEAD.md. New API: dy_factors -> final (ds, db, dcore); x_factors(x, ds, a, mask=, dropout_p=, want_dx0=) -> (da, dx0). Test these, then delete this line.
 """What a pass over x yields: dA, and on request dx0 = keep ∘ (ds A) / (1 − p)."""
 
 from __future__ import annotations
