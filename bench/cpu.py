@@ -92,8 +92,7 @@ def layer_goals(setting: Setting, report: Report, progress: Progress) -> None:
             continue
         steps = {name: layer.step() for name, layer in layers.items()}
         kept = {
-            name: kept_bytes(lambda layer=layer: layer.module(layer.operands.x), layer.parameters())
-            / case.tokens
+            name: kept_bytes(lambda layer=layer: layer.module(layer.operands.x), layer.parameters()) / case.tokens
             for name, layer in layers.items()
         }
         goal = Goal(case.title(), 0.0, 1.25 if case.dropout else 1.05)

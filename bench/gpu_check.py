@@ -52,9 +52,7 @@ def healthy(device: torch.device) -> bool:
         return False
 
 
-def run_here(
-    stage: Stage, store: Store, until: float, device: torch.device, *, watchdog: bool = False
-) -> int:
+def run_here(stage: Stage, store: Store, until: float, device: torch.device, *, watchdog: bool = False) -> int:
     """Run a stage in this process; its exit status."""
 
     def say(line: str) -> None:
@@ -135,9 +133,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--fresh", action="store_true", help="forget all earlier results of this GPU")
     parser.add_argument("--retry", action="store_true", help="run failed and crashed cases again")
-    parser.add_argument(
-        "--minutes", type=float, default=20.0, help="time for everything (default: %(default)s)"
-    )
+    parser.add_argument("--minutes", type=float, default=20.0, help="time for everything (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="folder for <gpu>/gpu_check.json (default: %(default)s)"
     )
@@ -146,9 +142,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def check_device(
-    device: torch.device, setting: Setting, given: argparse.Namespace, arguments: Sequence[str]
-) -> int:
+def check_device(device: torch.device, setting: Setting, given: argparse.Namespace, arguments: Sequence[str]) -> int:
     """All stages on a device that is there."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     store = Store(given.out / folder_name(gpu) / "gpu_check.json", fresh=given.fresh)

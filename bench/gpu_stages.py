@@ -72,9 +72,7 @@ class Setting:
     memory: CausalCase = field(default_factory=lambda: _llama(batch=4, length=2048))
     budget_s: float = 2.0
 
-    def layer(
-        self, shape: tuple[int, int], tokens: int, rank: int, p: float, dtype: torch.dtype
-    ) -> LayerCase:
+    def layer(self, shape: tuple[int, int], tokens: int, rank: int, p: float, dtype: torch.dtype) -> LayerCase:
         """A layer on this device."""
         return LayerCase(*shape, tokens, rank, p, dtype, self.device, label=f"{shape[0]}x{shape[1]}")
 
@@ -92,9 +90,7 @@ def stages(setting: Setting) -> list[Stage]:
         Stage("tests", "kernel tests on this device", tests, case_seconds=PYTEST_SECONDS + 20),
         Stage("correct", "y and gradients at real sizes against float64", correct),
         Stage("kernels", "kernels against library GEMMs and memory bandwidth", kernels),
-        Stage(
-            "layers", "a layer against eager PEFT, torch.compile, the frozen linear", layers, case_seconds=150
-        ),
+        Stage("layers", "a layer against eager PEFT, torch.compile, the frozen linear", layers, case_seconds=150),
         Stage("model", "a training step of two Llama-shaped layers", models),
         Stage("memory", "peak memory and bytes kept of that step", memory),
     ]
@@ -117,12 +113,9 @@ def run_tests(keyword: str) -> dict[str, Any]:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PYTEST_SECONDS)
     except subprocess.TimeoutExpired as late:
         output = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
-        raise RuntimeError(
-            f"pytest took more than {PYTEST_SECONDS} s; it had said: {output[-2000:]}"
-        ) from None
+        raise RuntimeError(f"pytest took more than {PYTEST_SECONDS} s; it had said: {output[-2000:]}") from None
     counts = {
-        what: int(number)
-        for number, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout[-400:])
+        what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout[-400:])
     }
     if done.returncode != 0 or not counts.get("passed"):
         raise RuntimeError(f"pytest exit {done.returncode}, {counts}: {(done.stdout + done.stderr)[-3500:]}")
@@ -162,9 +155,7 @@ def ceilings(device: torch.device, budget_s: float) -> dict[str, float]:
     return {"copy_gb_per_s": 2 * size / Spread.of(times["copy"]).p20 * 1e-6}
 
 
-def time_kernels(
-    layer: LayerCase, routes: Sequence[str], budget_s: float, min_rounds: int = 5
-) -> dict[str, Any]:
+def time_kernels(layer: LayerCase, routes: Sequence[str], budget_s: float, min_rounds: int = 5) -> dict[str, Any]:
     """Microseconds, GB/s and TFLOP/s of every launch; e and the cost of beta = 1 from the same interleaved
     run.
 
@@ -291,9 +282,7 @@ def time_model(case: CausalCase, budget_s: float) -> dict[str, Any]:
 def memory_cases(setting: Setting) -> Iterator[Case]:
     """One case per dropout."""
     for p in setting.dropouts:
-        yield Case(
-            f"p{p:g}", partial(model_memory, replace(setting.memory, dropout=p, device=setting.device))
-        )
+        yield Case(f"p{p:g}", partial(model_memory, replace(setting.memory, dropout=p, device=setting.device)))
 
 
 def model_memory(case: CausalCase) -> dict[str, Any]:

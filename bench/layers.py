@@ -85,9 +85,7 @@ def peft_layer(case: Case, operands: Operands | None = None) -> BenchLayer:
     model = get_peft_model(Holder(_linear(o)), config, autocast_adapter_dtype=False).train()
     at = "base_model.model.proj."
     return _fill(
-        BenchLayer(
-            model, o, f"{at}base_layer.weight", f"{at}lora_A.default.weight", f"{at}lora_B.default.weight"
-        )
+        BenchLayer(model, o, f"{at}base_layer.weight", f"{at}lora_A.default.weight", f"{at}lora_B.default.weight")
     )
 
 

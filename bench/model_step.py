@@ -63,9 +63,7 @@ def demo_steps(dropout: float, batch: int, length: int) -> tuple[dict[str, Train
         data = Batch(inputs, torch.arange(batch) % 2)
         pair = adapted_pair(base, dropout)
     names = {"peft": PEFT, "ours": OURS}
-    return {
-        key: TrainingStep.of(pair[name], lambda m=pair[name]: m.loss(data)) for key, name in names.items()
-    }, weights  # type: ignore[misc]
+    return {key: TrainingStep.of(pair[name], lambda m=pair[name]: m.loss(data)) for key, name in names.items()}, weights  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -109,9 +107,7 @@ def causal_steps(case: CausalCase) -> dict[str, Callable[[], TrainingStep]]:
 def _with_peft(model: nn.Module, case: CausalCase, paths: list[str]) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=case.rank, lora_alpha=2 * case.rank, lora_dropout=case.dropout, target_modules=paths
-    )
+    config = LoraConfig(r=case.rank, lora_alpha=2 * case.rank, lora_dropout=case.dropout, target_modules=paths)
     return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 

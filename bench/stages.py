@@ -93,9 +93,7 @@ class Store:
         """Call what still counts as running crashed; for use when no process runs."""
         for case, result in self.cases(stage).items():
             if result["status"] == "running":
-                self.put(
-                    stage, case, status="crashed", error="the process ended or was stopped during this case"
-                )
+                self.put(stage, case, status="crashed", error="the process ended or was stopped during this case")
 
     def forget_bad(self, stage: str) -> None:
         """Failed and crashed cases are to be run again."""
@@ -149,10 +147,7 @@ def run_stage(
         seconds = round(time.perf_counter() - begun, 2)
         store.put(stage.name, case.name, seconds=seconds, **result)
         error = result.get("error", "")
-        say(
-            f"{stage.name}: {case.name}: {result['status']} in {seconds:.1f} s"
-            + (f"; {error[:300]}" if error else "")
-        )
+        say(f"{stage.name}: {case.name}: {result['status']} in {seconds:.1f} s" + (f"; {error[:300]}" if error else ""))
         if error and not healthy():
             say(f"{stage.name}: the device is unusable after this failure; going on in a new process")
             return False

@@ -99,7 +99,7 @@ def block_of_rank(R: int, dtype: torch.dtype) -> int:
     return min(max(16, triton.next_power_of_2(R)), 64 if dtype == torch.float32 else 128)
 
 
-def choose_tile(M: int, R: int, dtype: torch.dtype, factor_bytes: int, arch: int, sms: int) -> Tile:
+def choose_tile(M: int, R: int, dtype: torch.dtype, arch: int, sms: int, factor_bytes: int = 4) -> Tile:
     """Blocks for x [M, ·] and rank R, the elements of A being of `factor_bytes`.
 
     As many rows as still occupy every multiprocessor, and 32 KiB of x under way where shared memory allows it.
@@ -108,12 +108,14 @@ def choose_tile(M: int, R: int, dtype: torch.dtype, factor_bytes: int, arch: int
     if dtype == torch.float32:
         return Tile(block_m=32, block_k=32, block_r=block_r, num_warps=4, num_stages=4)
     # sm_100 has 64-row products only in tensor memory, and the way there costs more than mma.sync on 32 rows
-    # unless all 128 ranks share it.
+    # unless all 128 ranks share it. Elsewhere 64 rows of 128 ranks are too many registers, but for wgmma.
     in_tensor_memory = 100 <= arch < 120 and block_r == 128
-    tallest = 64 if arch < 100 or arch >= 120 or in_tensor_memory else 32
+    tallest = 32 if 100 <= arch < 120 or (block_r == 128 and arch != 90) else 64
     fitting = (rows for rows in (64, 32) if rows <= tallest and cdiv(M, rows) * cdiv(R, block_r) >= 0.9 * sms)
     block_m = 64 if in_tensor_memory else next(fitting, 16)
     block_k = 128 if block_r <= 32 or in_tensor_memory or (block_r == 64 and block_m == 16) else 64
+    if block_r == 128 and shared_bytes(arch) < 128 * 1024:
+        block_k = 32
     stage = block_k * (2 * block_m + factor_bytes * block_r)
     wanted = 1 + cdiv(32 * 1024, 2 * block_m * block_k)
     # Beside the stages there is one more tile of x: where dropout is applied to it.
@@ -148,7 +150,7 @@ def shrink(
     """
     (M, K), R = x.shape, a.shape[0]
     if tile is None:
-        tile = choose_tile(M, R, x.dtype, a.element_size(), arch_of(x), sm_count(x))
+        tile = choose_tile(M, R, x.dtype, arch_of(x), sm_count(x), a.element_size())
     RV = {"none": R, "diag": R, "dense": core.shape[0], "gate": R * core.shape[-1]}[core_kind] if core is not None else R
     # C meets all ranks of s at once. Beyond one block of them it is a product of its own, on [M, R].
     fused = core_kind != "dense" or max(R, RV) <= tile.block_r

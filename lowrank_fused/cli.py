@@ -46,14 +46,10 @@ out, err = Console(), Console(stderr=True)
 ModelOption = Annotated[str | None, typer.Option("--model", help=f"A model by name: {', '.join(MODELS)}.")]
 TargetsOption = Annotated[
     str,
-    typer.Option(
-        "--targets", help="Linears to adapt: all, qv, or module names with commas, as q_proj,v_proj."
-    ),
+    typer.Option("--targets", help="Linears to adapt: all, qv, or module names with commas, as q_proj,v_proj."),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-TracebackFlag = Annotated[
-    bool, typer.Option("--traceback", help="On an error, show where in the code it came from.")
-]
+TracebackFlag = Annotated[bool, typer.Option("--traceback", help="On an error, show where in the code it came from.")]
 
 
 @contextlib.contextmanager
@@ -71,12 +67,8 @@ def in_a_sentence(traceback: bool, unsupported: int = USAGE) -> Iterator[None]:
 @app.command(epilog=EXIT_CODES)
 def doctor(
     as_json: JsonFlag = False,
-    check: Annotated[
-        bool, typer.Option(help="Compute a small layer by every route, against float64.")
-    ] = True,
-    need_gpu: Annotated[
-        bool, typer.Option("--need-gpu", help="Exit with 3 where the kernels cannot run.")
-    ] = False,
+    check: Annotated[bool, typer.Option(help="Compute a small layer by every route, against float64.")] = True,
+    need_gpu: Annotated[bool, typer.Option("--need-gpu", help="Exit with 3 where the kernels cannot run.")] = False,
     traceback: TracebackFlag = False,
 ) -> None:
     """What is installed here, which routes can run, and why the others cannot.
@@ -106,12 +98,8 @@ def doctor(
 def methods_command(
     model: ModelOption = None,
     targets: TargetsOption = "all",
-    rank: Annotated[
-        int | None, typer.Option("--rank", "-r", help="Rank; each method has its own default.")
-    ] = None,
-    method: Annotated[
-        list[str] | None, typer.Option("--method", "-m", help="Only this one; may be repeated.")
-    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank; each method has its own default.")] = None,
+    method: Annotated[list[str] | None, typer.Option("--method", "-m", help="Only this one; may be repeated.")] = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--option", "-o", help="A method's own option as name=value; may be repeated."),
@@ -170,16 +158,10 @@ def bench(
     ] = None,
     tokens: Annotated[
         list[int] | None,
-        typer.Option(
-            "--tokens", "-t", help="Rows of x; may be repeated. Default: 2048 on a CPU, 8192 on a GPU."
-        ),
+        typer.Option("--tokens", "-t", help="Rows of x; may be repeated. Default: 2048 on a CPU, 8192 on a GPU."),
     ] = None,
-    rank: Annotated[
-        list[int] | None, typer.Option("--rank", "-r", help="May be repeated. Default: 16.")
-    ] = None,
-    dropout: Annotated[
-        list[float] | None, typer.Option("--dropout", "-p", help="May be repeated. Default: 0.")
-    ] = None,
+    rank: Annotated[list[int] | None, typer.Option("--rank", "-r", help="May be repeated. Default: 16.")] = None,
+    dropout: Annotated[list[float] | None, typer.Option("--dropout", "-p", help="May be repeated. Default: 0.")] = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help=f"{', '.join(DTYPES)}. Default: fp32 on a CPU, bf16 on a GPU."),
@@ -212,10 +194,10 @@ def bench(
     """Measure a linear layer with LoRA: the frozen linear alone, PEFT's arithmetic, and the routes of this
     package.
 
-    Providers take turns in every round. Times are medians with the 20th and 80th percentile; "speed-up" is
-    over PEFT's eager arithmetic with adapters of the same dtype, "over frozen" is the price of having an
-    adapter at all. Before a provider gets a number, its output and gradients must be as accurate as PyTorch's
-    against float64.
+    Providers take turns in every round. Times are medians with the 20th and 80th percentile. "speed-up" is over
+    PEFT's eager arithmetic with adapters of the same dtype, "/ frozen" the price of having an adapter at all,
+    "B/token" what is kept for backward, "MiB" the peak of a step. Before a provider gets a number, its output and
+    gradients must be as accurate as PyTorch's against float64.
 
     Examples:
 
@@ -238,13 +220,9 @@ def bench(
             for p in dropout or [0.0]
         ]
         modes = _modes(mode)
-        plans = [
-            (case, provider or benchmark.default_names(case, with_compile=with_compile)) for case in cases
-        ]
+        plans = [(case, provider or benchmark.default_names(case, with_compile=with_compile)) for case in cases]
         for case, names in plans:
-            benchmark.providers_for(
-                names, case
-            )  # a wrong name is told before minutes have gone into the others
+            benchmark.providers_for(names, case)  # a wrong name is told before minutes have gone into the others
         rows = _measure(plans, modes, seconds, flush_l2)
         _write(rows, json_file, csv_file)
     if any(row.status != "ok" for row in rows):
@@ -289,9 +267,7 @@ def _parse_shape(text: str) -> LinearShape:
     return LinearShape("", int(sizes[0]), int(sizes[1]), bias=False, count=1)
 
 
-def _measure(
-    plans: list[tuple[Case, list[str]]], modes: list[str], seconds: float, flush_l2: bool
-) -> list[Row]:
+def _measure(plans: list[tuple[Case, list[str]]], modes: list[str], seconds: float, flush_l2: bool) -> list[Row]:
     """Measure case by case and show each as soon as it is there."""
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -333,3 +309,7 @@ app.command("demo", epilog=EXIT_CODES)(demo)
 def main() -> None:
     """Entry point of `lowrank-fused`."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -37,11 +37,7 @@ SMI_FIELDS = {
 
 def best_device() -> torch.device:
     """The current CUDA device, else the CPU."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def version_of(package: str) -> str | None:
@@ -174,17 +170,13 @@ def _route_report(route: str, device: torch.device, dtype: torch.dtype, self_che
     return RouteReport(route, available=True, check="ok")
 
 
-def _version_problems(
-    facts: dict[str, Any], minimums: dict[str, tuple[int, int]], *, required: bool
-) -> list[str]:
+def _version_problems(facts: dict[str, Any], minimums: dict[str, tuple[int, int]], *, required: bool) -> list[str]:
     found = []
     for package, minimum in minimums.items():
         wanted = f"{package} {'.'.join(map(str, minimum))} or newer"
         have = facts[package]
         if have is None and required:
-            found.append(
-                f"{wanted} is needed and not installed: pip install '{package}>={minimum[0]}.{minimum[1]}'"
-            )
+            found.append(f"{wanted} is needed and not installed: pip install '{package}>={minimum[0]}.{minimum[1]}'")
         elif have is not None and tuple(int(part) for part in re.findall(r"\d+", have)[:2]) < minimum:
             found.append(f"{wanted} is needed, {have} is installed")
     return found
@@ -196,6 +188,4 @@ def _device_notes(device: torch.device) -> list[str]:
         return []
     if torch.version.cuda is None:
         return ["no CUDA: this is a CPU build of torch, so layers run on the route addmm"]
-    return [
-        f"torch is built for CUDA {torch.version.cuda} but finds no usable GPU or driver; layers run on addmm"
-    ]
+    return [f"torch is built for CUDA {torch.version.cuda} but finds no usable GPU or driver; layers run on addmm"]

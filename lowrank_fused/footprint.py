@@ -34,9 +34,7 @@ class KeptBytes:
         return self.per_in * in_features + self.per_rank * rank
 
     def __str__(self) -> str:
-        parts = [
-            f"{factor:g}·{what}" for factor, what in ((self.per_in, "in"), (self.per_rank, "r")) if factor
-        ]
+        parts = [f"{factor:g}·{what}" for factor, what in ((self.per_in, "in"), (self.per_rank, "r")) if factor]
         return " + ".join(parts) or "0"
 
 

@@ -37,9 +37,7 @@ class ModelSpec:
         return self.model.endswith(("ForCausalLM", "LMHeadModel"))
 
 
-def _llama(
-    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any
-) -> ModelSpec:
+def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> ModelSpec:
     settings = {
         "hidden_size": hidden,
         "intermediate_size": inner,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -42,9 +43,7 @@ def show_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         title_justify="left",
     )
     for route in diagnosis.routes:
-        check = {None: "not checked", "ok": "as accurate as PyTorch on a small layer"}.get(
-            route.check, route.check
-        )
+        check = {None: "not checked", "ok": "as accurate as PyTorch on a small layer"}.get(route.check, route.check)
         routes.add_row(route.name, "yes" if route.available else "no", route.reason or check)
     console.print(routes)
     console.print(
@@ -55,9 +54,7 @@ def show_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         console.print(f"problem: {problem}", style="red", markup=False)
     for note in diagnosis.notes:
         console.print(f"note: {note}", markup=False)
-    console.print(
-        "lowrank_fused works here" if diagnosis.works else "lowrank_fused does not work here", style="bold"
-    )
+    console.print("lowrank_fused works here" if diagnosis.works else "lowrank_fused does not work here", style="bold")
 
 
 def _text(value: object) -> str:
@@ -81,9 +78,7 @@ def show_methods(methods: Iterable[MethodFacts], console: Console) -> None:
     for method in methods:
         trained = "\n".join(f"{name} {shape}" for name, shape in method.trained.items())
         options = "\n".join(f"{name}={value!r}" for name, value in method.options.items())
-        table.add_row(
-            method.name, method.formula, trained, str(method.kept), str(method.kept_with_dropout), options
-        )
+        table.add_row(method.name, method.formula, trained, str(method.kept), str(method.kept_with_dropout), options)
     console.print(table, markup=False)
     console.print(
         "kept: for backward, in a 16-bit layer with `in` input features and rank r, measured on a small layer"
@@ -97,16 +92,17 @@ def show_counts(counts: Sequence[ModelCount], console: Console) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for count in counts:
-        share = f"{100 * count.trainable / count.base:.4f} %"
+        share = f"{100 * count.trainable / count.base:.5f} %"
         table.add_row(count.method, str(count.rank), str(count.layers), f"{count.trainable:,}", share)
     console.print(table)
 
 
 def show_rows(case: Case, rows: Sequence[Row], console: Console) -> None:
-    """The rows of one case: time with its spread, the two ratios, memory."""
+    """The rows of one case: time, speed-up over PEFT, price over the frozen layer, bytes kept, peak memory."""
     on_gpu = case.device.type == "cuda"
-    header = ["provider", "mode", "ms", "p20 - p80", "speed-up", "over frozen", "kept B/token"]
-    table = Table(*header, *(["peak MiB"] if on_gpu else []), title=case.title(), title_justify="left")
+    header = ["provider", "mode", "ms", "p20 - p80", "speed-up", "/ frozen", "B/token"]
+    table = Table(*header, *(["MiB"] if on_gpu else []), title=case.title(), title_justify="left")
+    table.box, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, True  # fits into 80 columns
     for column in table.columns:
         column.no_wrap = True
     for column in table.columns[2:]:

@@ -288,9 +288,7 @@ def test_rows_of_a_measurement(mode: str, tmp_path: Path) -> None:
     write_json(tmp_path / "new" / "rows.json", document(rows, {"cpu": "any"}, ["bench", "-x"], goals=[]))
     write_csv(tmp_path / "rows.csv", rows)
     read = json.loads((tmp_path / "new" / "rows.json").read_text())
-    assert (
-        read["command"] == ["bench", "-x"] and read["environment"] == {"cpu": "any"} and read["goals"] == []
-    )
+    assert read["command"] == ["bench", "-x"] and read["environment"] == {"cpu": "any"} and read["goals"] == []
     assert {"commit", "time"} <= set(read)
     with (tmp_path / "rows.csv").open() as file:
         lines = list(csv.DictReader(file))
@@ -303,9 +301,7 @@ def test_rows_of_a_measurement(mode: str, tmp_path: Path) -> None:
 
 def test_json_has_no_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
-        write_json(
-            tmp_path / "rows.json", document([Row.of(SMALL, "x", "both", ms_p50=float("nan"))], {}, [])
-        )
+        write_json(tmp_path / "rows.json", document([Row.of(SMALL, "x", "both", ms_p50=float("nan"))], {}, []))
     assert not (tmp_path / "rows.json").exists()
 
 
@@ -326,8 +322,6 @@ def test_commit_of_a_folder(tmp_path: Path) -> None:
     git("add", "file")
     git("commit", "-q", "-m", "x")
     assert commit(tmp_path) == git("rev-parse", "--short=12", "HEAD")
-    assert commit(installed) == "unknown", (
-        "a package that is merely installed below a repository is not in it"
-    )
+    assert commit(installed) == "unknown", "a package that is merely installed below a repository is not in it"
     (tmp_path / "file").write_text("two")
     assert commit(tmp_path).endswith("+")

@@ -69,9 +69,7 @@ def test_doctor_for_machines() -> None:
     assert found["works"] and found["environment"]["torch"].startswith(torch.__version__.split("+")[0])
     assert [route["name"] for route in found["routes"]] == list(ROUTES)
     assert all(route["check"] == "ok" or not route["available"] for route in found["routes"])
-    assert {"numpy", "transformers", "peft", "triton", "triton_interpreter", "gpus"} <= set(
-        found["environment"]
-    )
+    assert {"numpy", "transformers", "peft", "triton", "triton_interpreter", "gpus"} <= set(found["environment"])
 
 
 @no_gpu
@@ -128,9 +126,7 @@ def test_gpu_facts_without_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.subprocess, "run", answer)
     facts = doctor.gpu_facts(0)
     assert facts["driver"] == "570.1" and facts["clock_sm_max_mhz"] == "1980" and len(asked) == 2
-    assert (
-        facts["name"] == "Some GPU" and facts["compute_capability"] == "9.0" and facts["memory_gib"] == 80.0
-    )
+    assert facts["name"] == "Some GPU" and facts["compute_capability"] == "9.0" and facts["memory_gib"] == 80.0
 
     def missing(query: list[str], **_: Any) -> Any:
         raise FileNotFoundError("nvidia-smi")
@@ -199,9 +195,7 @@ SMALL = ("--shape", "64x48", "--tokens", "32", "--rank", "8", "--seconds", "0", 
 
 def test_bench_writes_what_it_shows(tmp_path: Path) -> None:
     files = ("--json", str(tmp_path / "a" / "rows.json"), "--csv", str(tmp_path / "b" / "rows.csv"))
-    result = run(
-        "bench", *SMALL, "--dropout", "0", "--dropout", "0.25", "--mode", "forward", "--mode", "both", *files
-    )
+    result = run("bench", *SMALL, "--dropout", "0", "--dropout", "0.25", "--mode", "forward", "--mode", "both", *files)
     assert result.exit_code == 0, result.output
     assert "64 -> 48, 32 tokens, rank 8, dropout 0.25, fp32" in result.output
     content = json.loads((tmp_path / "a" / "rows.json").read_text())

@@ -55,9 +55,7 @@ def statuses(store: Store, stage: str) -> dict[str, str]:
     return {name: result["status"] for name, result in store.cases(stage).items()}
 
 
-def test_without_a_gpu_it_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main([]) == 3
     assert "no CUDA device here" in capsys.readouterr().err
@@ -168,8 +166,7 @@ def test_results_of_the_stages(store: Store) -> None:
     for name in ("kernels", "layers", "model", "memory"):
         run_stage(Stage(name, "", plan[name].cases[:2]), store, time.time() + 60)
     results = {
-        name: [r["result"] for r in store.cases(name).values()]
-        for name in ("kernels", "layers", "model", "memory")
+        name: [r["result"] for r in store.cases(name).values()] for name in ("kernels", "layers", "model", "memory")
     }
     assert results["kernels"][0]["copy_gb_per_s"] > 0
     assert set(results["kernels"][1]["library_us"]) == {
@@ -237,19 +234,14 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert check("--fresh", "--minutes", "0")[0] == 4, "no time: nothing is done"
 
 
-def test_a_stage_in_processes_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Store
-) -> None:
+def test_a_stage_in_processes_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
     """The first process dies in case a, the second asks for a new one after b, the third finishes."""
     stage = Stage("s", "", [Case(name, dict) for name in "abc"])
     store.save()
     status = iter([-9, gpu_check.NEW_PROCESS, 0, 1])
 
     def process(command: list[str], seconds: float) -> int:
-        assert (
-            command[1:4] == ["-m", "bench.gpu_check", "--stage"]
-            and 0 < seconds <= 60 + gpu_check.GRACE_SECONDS
-        )
+        assert command[1:4] == ["-m", "bench.gpu_check", "--stage"] and 0 < seconds <= 60 + gpu_check.GRACE_SECONDS
         child = Store(store.path)
         if (code := next(status)) != 1:
             name = child.left(stage)[0].name
@@ -282,9 +274,7 @@ cases = [Case("quick", dict), Case("hangs", lambda: time.sleep(60)), Case("behin
 stage, store = Stage("s", "", cases, case_seconds=0.5), Store(Path({str(tmp_path / "r.json")!r}))
 run_stage(stage, store, time.time() + 60, watchdog=True)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=stages.ROOT, capture_output=True, text=True, timeout=50
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=stages.ROOT, capture_output=True, text=True, timeout=50)
     assert done.returncode == 1 and "Timeout" in done.stderr and "<lambda>" in done.stderr
     store = Store(tmp_path / "r.json")
     store.settle("s")

@@ -79,12 +79,8 @@ def test_linears_are_those_that_all_linear_adapts(model: str) -> None:
         out_features, in_features = as_matrix(target.module).shape
         name = target.paths[0].rpartition(".")[2]
         expected[name, in_features, out_features, target.module.bias is not None] += 1
-    assert {
-        (s.name, s.in_features, s.out_features, s.bias): s.count for s in linear_shapes(built)
-    } == expected
-    heads = [
-        name for name, module in built.named_modules() if is_linear_like(module) and name.endswith("lm_head")
-    ]
+    assert {(s.name, s.in_features, s.out_features, s.bias): s.count for s in linear_shapes(built)} == expected
+    heads = [name for name, module in built.named_modules() if is_linear_like(module) and name.endswith("lm_head")]
     assert sum(is_linear_like(module) for module in built.modules()) - len(targets) == len(heads)
 
 

@@ -76,16 +76,12 @@ def measure(
         if not steps:
             break
         times = interleave(steps, clock, budget_s=budget_s, on_round=on_round)
-        rows += [
-            _row(case, provider, operands[provider.name], mode, times, steps[provider.name])
-            for provider in able
-        ]
+        rows += [_row(case, provider, operands[provider.name], mode, times, steps[provider.name]) for provider in able]
     return rows
 
 
 def ratios(times: Mapping[str, Sequence[float]], name: str) -> dict[str, float]:
-    """Speed-up over PEFT's arithmetic with its spread, overhead over the frozen linear; absent without its
-    partner.
+    """Speed-up over PEFT's arithmetic with its spread, and overhead over the frozen linear, where those were timed.
 
     An adapter in fp32 is compared with PEFT's in fp32.
     """

@@ -67,16 +67,12 @@ class Provider:
         return o.leaves() if self.has_adapter else (o.x,)
 
 
-def frozen(
-    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float, p: float
-) -> Tensor:
+def frozen(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float, p: float) -> Tensor:
     """x Wᵀ + bias: the floor that no adapter can go below."""
     return F.linear(x, weight, bias)
 
 
-def eager(
-    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float, p: float
-) -> Tensor:
+def eager(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float, p: float) -> Tensor:
     """What PEFT's LoRA layer computes, operation by operation."""
     result = F.linear(x, weight, bias)
     dropped = x.to(a.dtype)
@@ -88,9 +84,7 @@ def eager(
 def routed(route: str) -> Forward:
     """lowrank_linear by a route of this name, or by the one it chooses ("auto")."""
 
-    def forward(
-        x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float, p: float
-    ) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float, p: float) -> Tensor:
         return lowrank_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p, route=route)
 
     return forward

@@ -100,9 +100,7 @@ def document(
 def _rounded(row: Row) -> dict[str, Any]:
     """Six digits: more is noise that makes differences between files hard to read."""
     values = asdict(row)
-    return {
-        name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()
-    }
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
