@@ -200,9 +200,7 @@ def test_a_missing_library_is_told_before_the_training(monkeypatch, tmp_path):
         (["--cache", "CACHE"], 1, "damaged; delete it"),
     ],
 )
-def test_command_ends_with_a_sentence_and_a_status(
-    monkeypatch, tmp_path, model_folder, arguments, status, sentence
-):
+def test_command_ends_with_a_sentence_and_a_status(monkeypatch, tmp_path, model_folder, arguments, status, sentence):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / data.REVIEWS_FILE).write_text("damaged")
     app = typer.Typer()

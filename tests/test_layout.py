@@ -17,9 +17,7 @@ import lowrank_fused
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "lowrank_fused"
-SOURCES = sorted(
-    f for folder in ("kernels", PACKAGE, "bench", "tests") for f in (ROOT / folder).rglob("*.py")
-)
+SOURCES = sorted(f for folder in ("kernels", PACKAGE, "bench", "tests") for f in (ROOT / folder).rglob("*.py"))
 
 # Who may import whom, by group of modules. A module of the package that is not named here is one of
 # "modules": what users build adapters with. Tools are for people at a terminal and for tests; nothing else
@@ -103,9 +101,7 @@ def forbidden_imports(source: Path) -> list[str]:
     if group == "tools":
         return []
     # What users import first hands on the names of all others but the tools.
-    inside = (
-        set(ARROWS) - {"kernels", "routes"} if name == f"{PACKAGE}.__init__" else ARROWS.get(group, set())
-    )
+    inside = set(ARROWS) - {"kernels", "routes"} if name == f"{PACKAGE}.__init__" else ARROWS.get(group, set())
     outside = THIRD_PARTY.get(group, {"torch"}) | set(sys.stdlib_module_names) | {"__future__"}
     wrong = []
     for imported in imports_of(source):

@@ -21,9 +21,7 @@ def main(
     held_out: Annotated[int, typer.Option(help="Snippets to judge by.")] = DEFAULT.held_out,
     batch_size: Annotated[int, typer.Option(help="Snippets in a step.")] = DEFAULT.batch_size,
     epochs: Annotated[int, typer.Option(help="Times every snippet is learned from.")] = DEFAULT.epochs,
-    dropout: Annotated[
-        float, typer.Option(help="Adapter dropout of the second, short training.")
-    ] = DEFAULT.dropout,
+    dropout: Annotated[float, typer.Option(help="Adapter dropout of the second, short training.")] = DEFAULT.dropout,
     dropout_steps: Annotated[int, typer.Option(help="Steps of the second training.")] = DEFAULT.dropout_steps,
     seed: Annotated[int, typer.Option(help="Of the head, of A and of the order of batches.")] = DEFAULT.seed,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; the GPU if there is one.")] = None,

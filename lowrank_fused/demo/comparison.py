@@ -162,14 +162,10 @@ def _require(*packages: str) -> None:
     """Ask at the start for what is imported later: a training must not be lost for want of a plot."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise UnsupportedError(
-            f"the demo needs {' and '.join(missing)}; run `pip install 'lowrank-fused[demo]'`"
-        )
+        raise UnsupportedError(f"the demo needs {' and '.join(missing)}; run `pip install 'lowrank-fused[demo]'`")
 
 
-def _judge(
-    models: dict[str, SentimentModel], judged: list[Batch], progress: Progress, title: str
-) -> dict[str, float]:
+def _judge(models: dict[str, SentimentModel], judged: list[Batch], progress: Progress, title: str) -> dict[str, float]:
     task = progress.add_task(title, total=len(models) * len(judged))
 
     def counted() -> Any:

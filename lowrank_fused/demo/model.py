@@ -55,9 +55,7 @@ def load_base(folder: Path, device: torch.device, dtype: torch.dtype) -> Sentime
     from transformers import AutoModel
 
     with _quiet_transformers():
-        encoder = AutoModel.from_pretrained(
-            folder, local_files_only=True, add_pooling_layer=False, dtype=dtype
-        )
+        encoder = AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False, dtype=dtype)
     return SentimentModel(encoder).to(device)
 
 
@@ -98,9 +96,7 @@ def adapted_pair(base: SentimentModel, dropout: float) -> dict[str, SentimentMod
         pair[PEFT].encoder = get_peft_model(pair[PEFT].encoder, theirs)
     inject(pair[OURS].encoder, ours)
     with torch.no_grad():
-        for layer, peft_layer in zip(
-            layers_with_adapter(pair[OURS]), layers_with_adapter(pair[PEFT]), strict=True
-        ):
+        for layer, peft_layer in zip(layers_with_adapter(pair[OURS]), layers_with_adapter(pair[PEFT]), strict=True):
             layer.lora_A.copy_(peft_layer.lora_A["default"].weight)
             layer.lora_B.copy_(peft_layer.lora_B["default"].weight)
     return pair

@@ -83,9 +83,7 @@ def kept_for_backward(models: Mapping[str, SentimentModel]) -> list[Kept]:
 
 def _kept_per_token(layer: Any) -> float:
     parameter = layer.weight
-    x = torch.randn(
-        TOKENS, layer.in_features, device=parameter.device, dtype=parameter.dtype, requires_grad=True
-    )
+    x = torch.randn(TOKENS, layer.in_features, device=parameter.device, dtype=parameter.dtype, requires_grad=True)
     return kept_bytes(lambda: layer(x), layer.parameters()) / TOKENS
 
 

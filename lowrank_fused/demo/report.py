@@ -36,9 +36,7 @@ def table(result: Result) -> Table:
         rows.add_column(name, justify="right", no_wrap=True)
     for when, index in (("before", 0), ("after", 1)):
         shares = [result.accuracy[name][index] for name in (PEFT, OURS)]
-        rows.add_row(
-            f"accuracy {when}", *(f"{share:.1%}" for share in shares), _points(shares[1] - shares[0])
-        )
+        rows.add_row(f"accuracy {when}", *(f"{share:.1%}" for share in shares), _points(shares[1] - shares[0]))
     last = [f"{plain.courses[name].losses[-1]:.4f}" for name in (PEFT, OURS)]
     rows.add_row("loss at the last step", *last, "")
     rows.add_row("largest loss difference", "", "", f"{plain.largest_loss_difference():.1e}")
@@ -100,9 +98,7 @@ def route_lines(result: Result) -> list[str]:
             for dropout, use in uses
         ]
     if not {"thin", "split"} & set(routes):
-        lines.append(
-            "No Triton kernel ran." + ("" if result.device.type == "cuda" else " They need a CUDA device.")
-        )
+        lines.append("No Triton kernel ran." + ("" if result.device.type == "cuda" else " They need a CUDA device."))
     return lines
 
 
@@ -152,9 +148,7 @@ def _plot_losses(result: Result, path: Path) -> None:
     upper.plot(steps, ours, color=COLOURS[OURS], linewidth=1.5, label=OURS)
     upper.set_ylabel("training loss")
     upper.legend(frameon=False)
-    figure.suptitle(
-        f"Same start, same batches; losses differ by {plain.largest_loss_difference():.1e} at most"
-    )
+    figure.suptitle(f"Same start, same batches; losses differ by {plain.largest_loss_difference():.1e} at most")
     lower.bar(steps, [abs(t - o) for t, o in zip(theirs, ours, strict=True)], color=COLOURS[OURS])
     lower.set_ylim(bottom=0)
     lower.set_ylabel("difference")
