@@ -31,8 +31,8 @@ GROUPS = {
     "methods": {"methods"},
     "tools": {
         "benchmark",
-        "catalog",
         "cli",
+        "codegen",
         "demo",
         "doctor",
         "footprint",

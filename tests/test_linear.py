@@ -62,11 +62,7 @@ def test_shapes(route, shape, device):
 @pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize("route", ROUTES)
 def test_small_integers_are_exact(route, core, dtype, device):
-    check_exact(
-        Operands.random(19, 11, 21, 3, core=core, dtype=torch.float64, device=device, make=ternary),
-        route,
-        dtype,
-    )
+    check_exact(Operands.random(19, 11, 21, 3, core=core, dtype=dtype, device=device, make=ternary), route)
 
 
 def ternary(*shape, generator):
@@ -75,15 +71,15 @@ def ternary(*shape, generator):
     return occupied * integer_operand(*shape, low=-1, high=1, generator=generator)
 
 
-def check_exact(operands: Operands, route: str, dtype: torch.dtype) -> None:
+def check_exact(operands: Operands, route: str) -> None:
     """Every partial sum is an integer that the dtype holds, so a route must agree with float64 bit for bit."""
     for name in ("weight", "a", "b", "core"):
         tensor = getattr(operands, name)
         if tensor is not None:
             tensor.data.sign_()
     operands.scale = 2.0
-    exact = operands.run_ref()
-    for name, value in operands.to(dtype).run(route=route).items():
+    exact = operands.to(torch.float64).run_ref()
+    for name, value in operands.run(route=route).items():
         assert torch.equal(value.double(), exact[name]), name
 
 
@@ -155,9 +151,21 @@ def test_every_subset_of_gradients(route, core, device):
                 torch.testing.assert_close(value, full[name], rtol=1e-5, atol=1e-5)
 
 
+def restrided(t: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same leaf in another layout: rows apart, every other column of a parent, or column by column."""
+    rows, columns = t.shape
+    if layout == "rows apart":
+        view = torch.empty(rows, columns + 3, dtype=t.dtype, device=t.device)[:, :columns]
+    elif layout == "sliced":
+        view = torch.empty(2 * rows, 2 * columns, dtype=t.dtype, device=t.device)[::2, ::2]
+    else:
+        view = torch.empty(columns, rows, dtype=t.dtype, device=t.device).t()
+    return view.copy_(t.detach()).requires_grad_(t.requires_grad)
+
+
 @st.composite
 def calls(draw: st.DrawFn, smallest: int, largest: int, **options) -> Operands:
-    """Operands of any shape, core, dtype and subset of gradients."""
+    """Operands of any shape, strides, core, dtype and subset of gradients."""
     n, k = draw(st.integers(smallest, largest), "n"), draw(st.integers(smallest, largest), "k")
     operands = Operands.random(
         draw(st.integers(smallest, largest), "m"),
@@ -166,42 +174,46 @@ def calls(draw: st.DrawFn, smallest: int, largest: int, **options) -> Operands:
         draw(st.integers(smallest, min(n, k)), "r"),
         core=draw(st.sampled_from(CORES), "core"),
         seed=draw(st.integers(0, 99), "seed"),
+        dtype=draw(st.sampled_from(DTYPES), "dtype"),
         device="cuda" if torch.cuda.is_available() else "cpu",
         **options,
     )
     for name in draw(st.sets(st.sampled_from(sorted(operands.leaves()))), "frozen"):
         getattr(operands, name).requires_grad_(False)
+    for name in draw(st.sets(st.sampled_from(["x", "weight", "a", "b", "dy"])), "restrided"):
+        layout = draw(st.sampled_from(["rows apart", "sliced", "transposed"]), "layout")
+        setattr(operands, name, restrided(getattr(operands, name), layout))
     return operands
 
 
-any_dtype, any_dropout = st.sampled_from(DTYPES), st.sampled_from([0.0, 0.1, 0.7])
+any_dropout = st.sampled_from([0.0, 0.1, 0.7])
 library_route, kernel_route = st.sampled_from(LIBRARY_ROUTES), st.sampled_from(KERNEL_ROUTES)
 
 
 @settings(max_examples=40, deadline=None)
-@given(calls(8, 40, vectors=("bias", "out", "col")), any_dtype, library_route, any_dropout)
-def test_any_call_of_the_library_routes(operands, dtype, route, p):
-    check_against_float64(operands.to(dtype), route=route, dropout_p=p)
+@given(calls(8, 40, vectors=("bias", "out", "col")), library_route, any_dropout)
+def test_any_call_of_the_library_routes(operands, route, p):
+    check_against_float64(operands, route=route, dropout_p=p)
 
 
 @settings(max_examples=40, deadline=None)
-@given(calls(1, 40, make=ternary, dtype=torch.float64), any_dtype, library_route)
-def test_any_integer_call_of_the_library_routes(operands, dtype, route):
-    check_exact(operands, route, dtype)
+@given(calls(1, 40, make=ternary), library_route)
+def test_any_integer_call_of_the_library_routes(operands, route):
+    check_exact(operands, route)
 
 
 @pytest.mark.triton
 @settings(max_examples=12, deadline=None)
-@given(calls(8, 80, vectors=("bias",)), any_dtype, kernel_route, any_dropout)
-def test_any_call_of_the_kernel_routes(operands, dtype, route, p):
-    check_against_float64(operands.to(dtype), route=route, dropout_p=p)
+@given(calls(8, 80, vectors=("bias",)), kernel_route, any_dropout)
+def test_any_call_of_the_kernel_routes(operands, route, p):
+    check_against_float64(operands, route=route, dropout_p=p)
 
 
 @pytest.mark.triton
 @settings(max_examples=12, deadline=None)
-@given(calls(1, 80, make=ternary, dtype=torch.float64), any_dtype, kernel_route)
-def test_any_integer_call_of_the_kernel_routes(operands, dtype, route):
-    check_exact(operands, route, dtype)
+@given(calls(1, 80, make=ternary), kernel_route)
+def test_any_integer_call_of_the_kernel_routes(operands, route):
+    check_exact(operands, route)
 
 
 @pytest.mark.parametrize("route", ROUTES)
