@@ -37,7 +37,7 @@ def draw_bits(seed, offs_m, offs_byte, row_bytes, threshold):
     key = (key ^ (key >> 27)) * SEED_2
     key ^= key >> 31
     low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
-    rows = offs_m.to(tl.uint32) * row_bytes.to(tl.uint32) * GOLDEN_4 + low
+    rows = offs_m.to(tl.uint32) * tl.cast(row_bytes, tl.uint32) * GOLDEN_4 + low
     first = rows[:, None] + (offs_byte.to(tl.uint32) * GOLDEN_4)[None, :]
     bits = two_lanes(first, high, threshold)
     bits |= two_lanes(first + GOLDEN, high, threshold) << 2

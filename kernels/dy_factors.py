@@ -75,14 +75,14 @@ def _dy_factors_kernel(
             gv = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32))
             tl.store(ds_base + offs_m[:, None] * R + offs_r[None, :], gv * factor[None, :], mask=mask_s)
     acc = tl.trans(acc)  # [BLOCK_N, BLOCK_R]
-    size = N.to(tl.int64) * R
+    size = tl.cast(N, tl.int64) * R
     tl.store(db_parts_ptr + chunk * size + offs_n[:, None] * R + offs_r[None, :], acc * factor[None, :], mask=mask_b)
     if dcore_parts_ptr is not None:
         dcore_ptrs = dcore_parts_ptr + (chunk.to(tl.int64) * strips + strip) * R + offs_r
         tl.store(dcore_ptrs, tl.sum(acc * b.to(tl.float32), axis=0) * scale, mask=mask_r)
 
     if is_last_to_arrive(counters_ptr + chunk, strips):
-        reduce_parts(ds_parts_ptr, ds_ptr, strips, M.to(tl.int64) * R, first_row * R, last_row * R, 8, BLOCK)
+        reduce_parts(ds_parts_ptr, ds_ptr, strips, tl.cast(M, tl.int64) * R, first_row * R, last_row * R, 8, BLOCK)
     if is_last_to_arrive(counters_ptr + chunks + strip, chunks):
         first = strip.to(tl.int64) * BLOCK_N * R
         reduce_parts(db_parts_ptr, db_ptr, chunks, size, first, tl.minimum(first + BLOCK_N * R, size), 8, BLOCK)

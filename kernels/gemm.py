@@ -43,7 +43,7 @@ Access = Literal["descriptors", "vectors", "elements"]
 
 # Tiles (rows, columns, inner) that compile without spills, each with the share of the first one's rate it may
 # reach on a full GPU: priors, not measurements.
-_TILES: dict[Access, list[tuple[Tile, float]]] = {
+TILES: dict[Access, list[tuple[Tile, float]]] = {
     "descriptors": [
         (Tile(128, 256, 64, num_warps=8, num_stages=3, use_tma=True), 1.0),
         (Tile(128, 128, 64, num_warps=8, num_stages=4, use_tma=True), 0.9),
@@ -82,7 +82,7 @@ def choose_gemm_tile(rows: int, cols: int, rank: int, dtype: torch.dtype, access
         tiles = cdiv(rows, tile.block_m) * cdiv(cols, tile.block_n)
         return cdiv(tiles, sms) * tile.block_m * tile.block_n / share
 
-    tile, _ = min(_FP32_TILES if dtype == torch.float32 else _TILES[access], key=time)
+    tile, _ = min(_FP32_TILES if dtype == torch.float32 else TILES[access], key=time)
     # Loads of single elements, or mma.sync's accumulators, leave registers for narrow blocks of u and f.
     wide = tile.use_tma and rank > 16 and rank % 16 == 0
     return replace(tile, block_r=32 if wide else 16)

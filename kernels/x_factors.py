@@ -29,7 +29,7 @@ def _sum_parts(parts_ptr, da_ptr, first_r, offs_k, chunks, R, K, BLOCK_R: tl.con
         for _ in tl.range(0, chunks, loop_unroll_factor=2):
             # Other programs of this launch wrote them: L1 must not answer.
             total += tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-            part_ptrs += R.to(tl.int64) * K
+            part_ptrs += tl.cast(R, tl.int64) * K
         tl.store(da_ptr + offs, cast(total, da_ptr.dtype.element_ty), mask=mask)
 
 

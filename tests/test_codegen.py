@@ -1,0 +1,123 @@
+"""Every binary that the kernel routes can ask for, compiled without a GPU and judged. Takes minutes, not seconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+ARCHS = (80, 90, 100)
+
+
+def run_codegen(arch: int, folder: Path) -> list[dict]:
+    """The rows that `python -m lowrank_fused.codegen` reports, from a process in which kernels are not interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    rows = folder / f"{arch}.json"
+    command = [sys.executable, "-m", "lowrank_fused.codegen", "--arch", str(arch), "--json", str(rows)]
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode in (0, 1), done.stderr
+    return json.loads(rows.read_text())
+
+
+@pytest.fixture(scope="module")
+def rows_of(tmp_path_factory: pytest.TempPathFactory):
+    """arch -> rows, each architecture compiled once."""
+    folder, known = tmp_path_factory.mktemp("codegen"), {}
+
+    def rows(arch: int) -> list[dict]:
+        if arch not in known:
+            known[arch] = run_codegen(arch, folder)
+        return known[arch]
+
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_binary_may_ship(arch, rows_of):
+    rows = rows_of(arch)
+    kernels = {row["kernel"].removesuffix("_tma") for row in rows}
+    assert kernels == {"shrink", "expand", "lowrank_forward", "dy_factors", "x_factors", "grad_input"}
+    wrong = [
+        f"{row['kernel']} {row['tile']} {row['dtype']} ({row['flags']}): {'; '.join(row['violations'])}"
+        for row in rows
+        if row["violations"]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_big_products_are_built_from_what_the_gpu_has(arch, rows_of):
+    """The largest tile, aligned bf16: the tensor-core instruction of the target, several loads under way."""
+    rows = [r for r in rows_of(arch) if r["dtype"] == "bf16" and r["kernel"].startswith(("lowrank_f", "grad_"))]
+    large = [r for r in rows if r["tile"]["block_m"] * r["tile"]["block_n"] * r["tile"]["block_k"] >= 128 * 256 * 32]
+    assert len(large) >= 6
+    for row in large:
+        stages = row["tile"]["num_stages"]
+        if arch == 80:
+            assert row["tensor_core"] == "HMMA"
+            assert row["async_copies"] >= stages * 6, (
+                row
+            )  # 16 bytes each: 6 a thread for a stage of 128 x 32 + 32 x 256
+        else:
+            assert row["tensor_core"] == {90: "HGMMA", 100: "UTCHMMA"}[arch]
+            assert row["tma_loads"] >= stages * 2, row
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_tile_of_the_big_products_is_compiled(arch, rows_of):
+    from lowrank_fused.kernels.gemm import TILES
+
+    def blocks(tile: dict) -> tuple[int, ...]:
+        return tuple(sorted(tile[name] for name in ("block_m", "block_n", "block_k")))
+
+    for kernel in ("lowrank_forward", "grad_input"):
+        compiled = {blocks(row["tile"]) for row in rows_of(arch) if row["kernel"].startswith(kernel)}
+        for access in ("vectors" if arch == 80 else "descriptors", "elements"):
+            assert {blocks(asdict(tile)) for tile, _ in TILES[access]} <= compiled
+
+
+def test_violations_are_recognised():
+    from lowrank_fused.codegen import CodeReport, violations
+    from lowrank_fused.kernels.launch import Tile
+
+    tile = Tile(128, 256, 64, num_warps=8, num_stages=3, use_tma=True)
+    good = CodeReport(
+        "lowrank_forward_tma", 90, tile, "bf16", "", products=2, registers=200, shared_bytes=208 * 1024,
+        tensor_core="HGMMA", tensor_core_count=5, tma_loads=6, instructions=1000,
+    )  # fmt: skip
+    assert violations(good) == []
+    empty = replace(good, registers=8, tensor_core="", tensor_core_count=0, tma_loads=0, instructions=16)
+    assert any("empty" in found for found in violations(empty))
+    assert any("not pipelined" in found for found in violations(replace(good, tma_loads=2)))
+    for field, value, word in [
+        ("stack_bytes", 8, "spills"),
+        ("local_accesses", 1, "spills"),
+        ("shared_bytes", 228 * 1024, "shared memory"),
+        ("tensor_core", "HMMA", "HGMMA"),
+        ("global_scratch_bytes", 128, "global scratch"),
+        ("failure", "PassManager::run failed", "does not compile"),
+    ]:
+        (found,) = violations(replace(good, **{field: value}))
+        assert word in found
+    (found,) = violations(replace(good, arch=100, tensor_core="UTCHMMA", tmem_columns=544))
+    assert "tensor memory" in found
+    scalar = replace(good, tile=replace(tile, use_tma=False), tensor_core="", tensor_core_count=0, tma_loads=0)
+    assert violations(scalar) == ["products are not on tensor cores"]
+    assert violations(replace(scalar, dtype="fp32")) == []
