@@ -91,11 +91,14 @@ def _dy_factors_kernel(
             reduce_parts(dcore_parts_ptr, dcore_ptr, chunks * strips, R, 0, R, 128, BLOCK_R)
 
 
-def one_pass_max_rank(arch: int) -> int:
+def one_pass_max_rank(dtype: torch.dtype, arch: int) -> int:
     """Largest rank at which one pass over dy, with its parts of ds, is expected to move less than two without.
 
-    A model, not a measurement: the parts of ds are 2R / BLOCK_N of dy, written and read again, mostly in L2.
+    A model, not a measurement: the parts of ds are 2R / BLOCK_N of dy, written and read again, mostly in L2. In fp32
+    registers set the limit.
     """
+    if dtype == torch.float32:
+        return 16
     return 64 if arch in (90, 100) else 32
 
 
@@ -103,8 +106,10 @@ def choose_tile(N: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
     """A strip wide enough that the parts of ds stay small, narrow enough that dyᵀ s stays in registers."""
     block_r = max(16, triton.next_power_of_2(R))
     if dtype == torch.float32:
-        return Tile(block_m=32, block_n=64, block_r=block_r, num_warps=4, num_stages=3)
-    # 512 columns beside the gradient of a core spill where products read their operands from registers (sm_80, 86, 89).
+        return Tile(block_m=32, block_n=32, block_r=block_r, num_warps=4, num_stages=3)
+    if N % 16 or R % 8:  # elements are read one by one, and each takes a register
+        return Tile(block_m=32, block_n=128, block_r=block_r, num_warps=8, num_stages=3)
+    # 512 columns beside a core's gradient spill where products read their operands from registers (sm_80, 86, 89).
     wide = block_r == 16 and N >= 2048 and arch in (90, 100)
     return Tile(block_m=64, block_n=512 if wide else 256, block_r=block_r, num_warps=8, num_stages=3)
 

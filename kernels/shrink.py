@@ -16,7 +16,8 @@ __all__ = ["block_of_rank", "choose_tile", "launch_shrink", "shrink"]
 
 @triton.jit
 def _store_core(
-    s, core_ptr, v_ptr, offs_m, offs_r, mask_m, R, RV, scale, CORE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr
+    s, core_ptr, v_ptr, offs_m, offs_r, mask_m, R, RV, scale,
+    CORE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Store v = scale · core(s); s fp32 [BLOCK_M, BLOCK_R], v [M, RV]."""
     IO: tl.constexpr = v_ptr.dtype.element_ty
@@ -106,7 +107,7 @@ def choose_tile(M: int, R: int, dtype: torch.dtype, arch: int, sms: int, factor_
     """
     block_r = block_of_rank(R, dtype)
     if dtype == torch.float32:
-        return Tile(block_m=32, block_k=32, block_r=block_r, num_warps=4, num_stages=4)
+        return Tile(block_m=32 if block_r <= 32 else 16, block_k=32, block_r=block_r, num_warps=4, num_stages=3)
     # sm_100 has 64-row products only in tensor memory, and the way there costs more than mma.sync on 32 rows
     # unless all 128 ranks share it. Elsewhere 64 rows of 128 ranks are too many registers, but for wgmma.
     in_tensor_memory = 100 <= arch < 120 and block_r == 128
@@ -151,7 +152,9 @@ def shrink(
     (M, K), R = x.shape, a.shape[0]
     if tile is None:
         tile = choose_tile(M, R, x.dtype, arch_of(x), sm_count(x), a.element_size())
-    RV = {"none": R, "diag": R, "dense": core.shape[0], "gate": R * core.shape[-1]}[core_kind] if core is not None else R
+    RV = R
+    if core is not None:
+        RV = {"diag": R, "dense": core.shape[0], "gate": R * core.shape[-1]}[core_kind]
     # C meets all ranks of s at once. Beyond one block of them it is a product of its own, on [M, R].
     fused = core_kind != "dense" or max(R, RV) <= tile.block_r
     s = torch.empty((M, R), dtype=x.dtype, device=x.device) if keep_s or not fused else x.new_empty(0)
@@ -165,6 +168,7 @@ def shrink(
             dropout_p=dropout_p, seed=seed, mask=mask, tile=tile,
         )  # fmt: skip
     if v is None:
+        assert core is not None
         v = torch.mm(s, core.t().to(s.dtype)).mul_(scale)
     return s, v, mask
 
@@ -188,18 +192,20 @@ def launch_shrink(
     """One launch that fills those of s, v, mask and (given t [M, R]) dcore_parts [row blocks, R] that are there."""
     (M, K), R = x.shape, a.shape[0]
     RV = R if v is None else v.shape[1]
+    block_v = max(16, triton.next_power_of_2(RV)) if core_kind == "dense" else 16
     outputs = [out for out in (s, v, mask if dropout_p else None, dcore_parts) if out is not None]
     Launch(
         _shrink_kernel,
         (cdiv(R, tile.block_r), cdiv(M, tile.block_m)),
         dict(
-            x_ptr=x, a_ptr=a, core_ptr=None if core is None else core.contiguous(), seed_ptr=seed if dropout_p else None,
-            t_ptr=t, s_ptr=s, v_ptr=v, mask_ptr=mask if dropout_p else None, dcore_parts_ptr=dcore_parts,
+            x_ptr=x, a_ptr=a, core_ptr=None if core is None else core.contiguous(),
+            seed_ptr=seed if dropout_p else None, t_ptr=t,
+            s_ptr=s, v_ptr=v, mask_ptr=mask if dropout_p else None, dcore_parts_ptr=dcore_parts,
             M=M, K=K, R=R, RV=RV,
             scale=float(scale), keep_scale=keep_scale(dropout_p), threshold=lane_threshold(dropout_p),
             stride_xm=x.stride(0), stride_xk=x.stride(1), stride_ar=a.stride(0), stride_ak=a.stride(1),
             CORE=core_kind,
-            BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r, BLOCK_V=max(16, triton.next_power_of_2(RV)) if core_kind == "dense" else 16,
+            BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r, BLOCK_V=block_v,
         ),
         tile,
         bytes_read=sum(i.nbytes for i in (x, a, core, t) if i is not None),

@@ -106,14 +106,23 @@ def _x_factors_kernel(
             _sum_parts(da_parts_ptr, da_ptr, pid_r * BLOCK_R, offs_k, chunks, R, K, BLOCK_R, BLOCK_K)
 
 
-def choose_tile(R: int, dtype: torch.dtype, wants_dx0: bool, arch: int) -> Tile:
+def choose_tile(K: int, R: int, dtype: torch.dtype, wants_dx0: bool, masked: bool, arch: int) -> Tile:
     """Blocks of x narrow enough that few chunks occupy the GPU: parts of dA cost more than reading ds again."""
     block_r = block_of_rank(R, dtype)
     if dtype == torch.float32:
-        return Tile(block_m=32, block_k=64, block_r=block_r, num_warps=4, num_stages=3)
-    # Without wgmma or tensor memory both products keep their operands in registers.
-    block_m = 32 if wants_dx0 and arch not in (90, 100) else 64
-    return Tile(block_m, block_k=128, block_r=block_r, num_warps=8 if block_r == 128 else 4, num_stages=3)
+        # Without tensor cores a product is unrolled: two of them, or one and a mask, leave room for 16 ranks.
+        return Tile(block_m=16, block_k=64, block_r=16 if wants_dx0 or masked else block_r, num_warps=4, num_stages=3)
+    # Rows that are not aligned are read element by element, and each of these takes a register.
+    aligned = K % 16 == 0
+    # Without wgmma or tensor memory both products keep their operands in registers; so does what a mask selects.
+    short = masked or not aligned or (wants_dx0 and arch not in (90, 100))
+    return Tile(
+        block_m=32 if short else 64,
+        block_k=128 if aligned else 64,
+        block_r=block_r,
+        num_warps=8 if block_r == 128 else 4,
+        num_stages=4 if short else 3,
+    )
 
 
 def x_factors(
@@ -134,7 +143,7 @@ def x_factors(
     """
     R = a.shape[0]
     if tile is None:
-        tile = choose_tile(R, x.dtype, want_dx0, arch_of(x))
+        tile = choose_tile(x.shape[1], R, x.dtype, want_dx0, mask is not None, arch_of(x))
     # Rank blocks cannot share a sum over the rank: beyond one, dx0 is a launch of its own.
     fused = want_dx0 and tile.block_r >= R
     da = torch.empty(a.shape, dtype=a.dtype, device=x.device)
@@ -159,7 +168,7 @@ def factor_grad(
     Any rank; z is read once per block of ranks, in the main from L2. Sums in fp32, in an order that the shapes fix.
     """
     if tile is None:
-        tile = choose_tile(t.shape[1], z.dtype, False, arch_of(z))
+        tile = choose_tile(z.shape[1], t.shape[1], z.dtype, False, False, arch_of(z))
     grad = torch.empty((t.shape[1], z.shape[1]), dtype=dtype or z.dtype, device=z.device)
     _launch(z, t.contiguous(), grad, None, None, None, scale, tile, chunk_rows)
     return grad

@@ -1,8 +1,7 @@
 """What the compiler makes of every launch that the kernel routes can issue, read from the binaries, without a GPU.
 
-`shipped_launches` runs the routes on the meta device over shapes, ranks, dtypes, cores and dropout that reach every
-tile of every chooser, and keeps one launch per binary. `inspect_launch` compiles one and counts what decides its
-speed; `violations` says what is wrong with it. `python -m lowrank_fused.codegen --arch 90` does all of that.
+`inspect_launch` compiles a launch and counts what decides its speed, `violations` says what is wrong with it.
+`python -m lowrank_fused.codegen --arch 90` does both for all `shipped_launches`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -28,11 +26,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from lowrank_fused.kernels.launch import INTERPRETING, Launch, Tile, record, shared_bytes, targeting
+from lowrank_fused.kernels.launch import INTERPRETING, Launch, Tile, shared_bytes
 
 from .errors import UnsupportedError
-from .routes.fused import SPLIT, THIN
-from .routes.problem import Options, Route
+from .shipped import shipped_launches
 
 __all__ = [
     "ARCHS",
@@ -41,7 +38,6 @@ __all__ = [
     "inspect_launch",
     "inspect_shipped",
     "limits",
-    "shipped_launches",
     "violations",
 ]
 
@@ -105,7 +101,7 @@ def inspect_launch(launch: Launch, arch: int) -> CodeReport:
     try:
         compiled = launch.compile(arch)
     except Exception as error:  # whatever a compiler pass throws belongs into the table
-        return replace(report, failure=f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+        return replace(report, failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
@@ -195,88 +191,6 @@ def _flags_of(launch: Launch) -> str:
     return ", ".join(flags)
 
 
-@dataclass(frozen=True)
-class _Case:
-    """One layer and one call of it."""
-
-    m: int = 8192
-    n: int = 4096
-    k: int = 4096
-    r: int = 16
-    p: float = 0.0
-    dtype: torch.dtype = torch.bfloat16
-    adapter: torch.dtype | None = None
-    conv1d: bool = False
-    core: str = "none"
-    bias: bool = True
-    frozen: str = ""
-    routes: tuple[Route, ...] = (SPLIT, THIN)
-
-    def launch(self) -> None:
-        """Forward and backward by both kernel routes, on the meta device."""
-        make = partial(torch.empty, dtype=self.dtype, device="meta")
-        adapter = partial(torch.empty, dtype=self.adapter or self.dtype, device="meta")
-        rb = {"dense": self.r, "gate": 2 * self.r}.get(self.core, self.r)
-        shape = {"diag": (self.r,), "dense": (rb, self.r), "gate": (self.m, 2)}.get(self.core)
-        core = None if shape is None else adapter(shape)
-        weight = make(self.k, self.n).t() if self.conv1d else make(self.n, self.k)
-        a, b = adapter(self.r, self.k), adapter(self.n, rb)
-        seed = torch.empty(1, dtype=torch.int64, device="meta") if self.p else None
-        o = Options(
-            2.0, self.core, self.p, wants_x="x" not in self.frozen, wants_a="a" not in self.frozen,
-            wants_b="b" not in self.frozen, wants_core=core is not None, wants_bias=False,
-        )  # fmt: skip
-        for route in self.routes:
-            x, bias = make(self.m, self.k), make(self.n) if self.bias else None
-            y, saved = route.forward(x, weight, a, b, core, bias, seed, o)
-            route.backward(make(y.shape), x if o.keeps_x else None, weight, a, b, core, saved, o)
-
-
-# (M, N = K) that reach every tile of the big products, from one token to more tiles than any GPU has room for.
-_SHAPES = [(8, 4096), (24, 14336), (60, 4096), (400, 1024), (400, 4096), (2000, 4096), (4000, 2048), (8192, 4096)]
-
-
-def _cases() -> Iterator[_Case]:
-    """Calls that reach every tile of every chooser in bf16, and every other variant of a kernel at some tile."""
-    for m, n in _SHAPES:
-        split = (SPLIT,) if 8 < m < 8192 else (SPLIT, THIN)
-        yield _Case(m, n, n, p=0.1, routes=split)
-        yield _Case(m, n, n, routes=(SPLIT,))
-        yield _Case(m, n, n, p=0.1, r=64, routes=(SPLIT,))
-        yield _Case(m, n + 4, n + 4, p=0.1, routes=(SPLIT,))
-    yield _Case(p=0.1, dtype=torch.float32)
-    yield _Case(8, p=0.1, dtype=torch.float32, routes=(SPLIT,))
-    yield _Case(r=64, dtype=torch.float32, routes=(SPLIT,))
-    yield _Case(p=0.1, dtype=torch.float16, routes=(SPLIT,))
-    yield _Case(r=64)
-    yield _Case(r=32, p=0.1)
-    yield _Case(r=128, p=0.1)
-    yield _Case(8, r=128, routes=(SPLIT,))
-    for r in (1, 8, 17):
-        yield _Case(r=r, p=0.1, routes=(SPLIT, THIN) if r == 17 else (SPLIT,))
-    yield _Case(n=4100, k=4100, routes=(THIN,))
-    yield _Case(p=0.1, adapter=torch.float32)
-    yield _Case(r=64, adapter=torch.float32, routes=(SPLIT,))
-    yield _Case(r=64, conv1d=True, routes=(SPLIT,))
-    yield _Case(p=0.1, conv1d=True, routes=(SPLIT,))
-    for core in ("diag", "dense", "gate"):
-        yield _Case(core=core, p=0.1, routes=(SPLIT,))
-        yield _Case(core=core, r=64, routes=(SPLIT,))
-    yield _Case(core="diag", frozen="ab", adapter=torch.float32, routes=(SPLIT,))
-    yield _Case(bias=False)
-
-
-def shipped_launches(arch: int) -> list[Launch]:
-    """One launch for every binary that the kernel routes can ask for on `arch`, in a fixed order."""
-    launches: dict[Any, Launch] = {}
-    for case in _cases():
-        with targeting(arch), record() as log:
-            case.launch()
-        for launch in log:
-            launches.setdefault((launch.source().hash(), *launch.options.values()), launch)
-    return list(launches.values())
-
-
 _prepared: list[Launch] = []
 
 
@@ -291,29 +205,14 @@ def _inspect_prepared(index: int, arch: int) -> CodeReport:
 
 def inspect_shipped(arch: int, workers: int = 2) -> Iterator[CodeReport]:
     """Reports of all `shipped_launches(arch)`, in order, as they come."""
-    _cuobjdump()
     count = len(shipped_launches(arch))
     with ProcessPoolExecutor(workers, get_context("spawn"), _prepare, (arch,)) as pool:
         yield from pool.map(partial(_inspect_prepared, arch=arch), range(count))
 
 
 def _table(reports: list[CodeReport], arch: int) -> Table:
-    columns = [
-        "kernel",
-        "tile",
-        "dtype",
-        "flags",
-        "regs",
-        "local",
-        "shared",
-        "tmem",
-        "tensor core",
-        "TMA",
-        "async",
-        "instr",
-        "verdict",
-    ]
-    table = Table(*columns, title=f"sm_{arch}: {len(reports)} binaries", title_justify="left")
+    columns = "kernel tile dtype flags regs local shared tmem tensor-core TMA async instr verdict"
+    table = Table(*columns.split(), title=f"sm_{arch}: {len(reports)} binaries", title_justify="left")
     for r in reports:
         t = r.tile
         tile = f"{t.block_m}x{t.block_n}x{t.block_k} r{t.block_r} w{t.num_warps} s{t.num_stages}"
@@ -337,6 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     progress = Console(stderr=True)
     reports: list[CodeReport] = []
     try:
+        _cuobjdump()
         for arch in options.arch:
             title, count = f"compiling for sm_{arch}", len(shipped_launches(arch))
             of_arch = list(track(inspect_shipped(arch), title, count, console=progress))

@@ -121,3 +121,13 @@ def test_violations_are_recognised():
     scalar = replace(good, tile=replace(tile, use_tma=False), tensor_core="", tensor_core_count=0, tma_loads=0)
     assert violations(scalar) == ["products are not on tensor cores"]
     assert violations(replace(scalar, dtype="fp32")) == []
+
+
+def test_says_why_it_cannot_compile(monkeypatch, capsys):
+    from lowrank_fused import codegen
+
+    codegen._cuobjdump.cache_clear()
+    monkeypatch.setattr(codegen, "INTERPRETING", True)
+    assert codegen.main(["--arch", "80"]) == 3
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
+    codegen._cuobjdump.cache_clear()

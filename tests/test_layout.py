@@ -37,6 +37,7 @@ GROUPS = {
         "doctor",
         "footprint",
         "model_shapes",
+        "shipped",
         "tables",
         "testing",
         "tiny_models",

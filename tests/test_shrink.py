@@ -130,7 +130,8 @@ def test_any_strides(layout, device):
 def test_no_tokens(device):
     from lowrank_fused.kernels.shrink import shrink
 
-    s, v, mask = shrink(torch.ones(0, 20, device=device), torch.ones(4, 20, device=device), dropout_p=P, seed=seed_on(device))
+    x, a = torch.ones(0, 20, device=device), torch.ones(4, 20, device=device)
+    s, v, mask = shrink(x, a, dropout_p=P, seed=seed_on(device))
     assert s.shape == v.shape == (0, 4) and mask.shape == (0, 3)
 
 
@@ -151,8 +152,7 @@ def test_mask_depends_on_no_tile(changes, device):
     from lowrank_fused.kernels.shrink import shrink
 
     x, a, seed = integer_operand(40, 90).to(device), integer_operand(20, 90).to(device), seed_on(device)
-    one = shrink(x, a, dropout_p=P, seed=seed, tile=small_tile(16, block_r=16))
-    other = shrink(x, a, dropout_p=P, seed=seed, tile=small_tile(16, block_r=16) if not changes else small_tile(16, **changes))
+    one, other = (shrink(x, a, dropout_p=P, seed=seed, tile=small_tile(16, **tile)) for tile in ({}, changes))
     assert torch.equal(unpack(one[2], 90), unpack(other[2], 90)) and torch.equal(one[0], other[0])
 
 
@@ -161,7 +161,8 @@ def test_kept_fraction(p, device):
     from lowrank_fused.kernels.shrink import shrink
 
     m, k = 128, 256
-    _, _, mask = shrink(torch.ones(m, k, device=device), torch.ones(1, k, device=device), dropout_p=p, seed=seed_on(device))
+    x, a = torch.ones(m, k, device=device), torch.ones(1, k, device=device)
+    _, _, mask = shrink(x, a, dropout_p=p, seed=seed_on(device))
     spread = (p * (1 - p) / (m * k)) ** 0.5
     assert abs(unpack(mask, k).double().mean().item() - (1 - p)) < 4 * spread
 
@@ -178,8 +179,8 @@ def test_declared_traffic(device):
     from lowrank_fused.kernels.launch import record
     from lowrank_fused.kernels.shrink import shrink
 
-    x, a = torch.ones(64, 128, device=device, dtype=torch.float16), torch.ones(8, 128, device=device, dtype=torch.float16)
-    with record() as (launches):
+    x, a = (torch.ones(rows, 128, device=device, dtype=torch.float16) for rows in (64, 8))
+    with record() as launches:
         shrink(x, a, dropout_p=P, seed=seed_on(device))
     (launch,) = launches
     assert launch.bytes_read == 2 * 64 * 128 + 2 * 8 * 128

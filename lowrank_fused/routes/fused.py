@@ -91,7 +91,7 @@ class KernelRoute:
 def _dy_side(dy: Tensor, b: Tensor, core: Tensor | None, s: Tensor | None, o: Options, grads: Grads) -> Tensor:
     """ds, with dB and dcore put into `grads`: one pass over dy where rank and core allow."""
     on_the_way = o.core_kind in ("none", "diag")
-    if on_the_way and (not o.wants_b or b.shape[1] <= one_pass_max_rank(arch_of(dy))):
+    if on_the_way and (not o.wants_b or b.shape[1] <= one_pass_max_rank(dy.dtype, arch_of(dy))):
         diagonal = core if o.core_kind == "diag" else None
         ds, grads.b, grads.core = dy_factors(
             dy, b, s, scale=o.scale, core=diagonal, want_db=o.wants_b, want_dcore=o.wants_core
