@@ -42,8 +42,8 @@ def _dy_factors_kernel(
         (dyᵀ s) ∘ f               to dB [strip, R], over chunks
         scale · Σ_n (dyᵀ s ∘ B)   to dcore [R], over both: Σ_t s ∘ gv, reordered
 
-    dyᵀ s grows in registers and dy is read once. Every program stores its parts; the last one to arrive at a chunk, at a
-    strip and at all sums them, in an order that the shapes fix. Nobody waits and nothing is added atomically.
+    dyᵀ s grows in registers and dy is read once. Every program stores its parts; the last one to arrive at a chunk,
+    at a strip and at all sums them, in an order that the shapes fix. Nobody waits and nothing is added atomically.
     """
     strip, chunk = tl.program_id(0), tl.program_id(1)
     IO: tl.constexpr = dy_ptr.dtype.element_ty
@@ -108,10 +108,12 @@ def choose_tile(N: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
     if dtype == torch.float32:
         return Tile(block_m=32, block_n=32, block_r=block_r, num_warps=4, num_stages=3)
     if N % 16 or R % 8:  # elements are read one by one, and each takes a register
-        return Tile(block_m=32, block_n=128, block_r=block_r, num_warps=8, num_stages=3)
+        return Tile(block_m=64 if block_r == 16 else 32, block_n=128, block_r=block_r, num_warps=8, num_stages=3)
     # 512 columns beside a core's gradient spill where products read their operands from registers (sm_80, 86, 89).
     wide = block_r == 16 and N >= 2048 and arch in (90, 100)
-    return Tile(block_m=64, block_n=512 if wide else 256, block_r=block_r, num_warps=8, num_stages=3)
+    # On sm_100 64 rows of 64 ranks would be products in tensor memory, and the way there spills.
+    block_m = 32 if block_r == 64 and arch == 100 else 64
+    return Tile(block_m=block_m, block_n=512 if wide else 256, block_r=block_r, num_warps=8, num_stages=3)
 
 
 def rows_per_chunk(M: int, columns: int, block_m: int, programs: int) -> int:

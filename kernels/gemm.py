@@ -154,9 +154,7 @@ def pointer_product(
 
 
 @triton.jit
-def descriptor_product(
-    acc, x_desc, w_desc, row, col, INNER, W_ALONG_INNER: tl.constexpr, BLOCK_I: tl.constexpr
-):
+def descriptor_product(acc, x_desc, w_desc, row, col, INNER, W_ALONG_INNER: tl.constexpr, BLOCK_I: tl.constexpr):
     """acc + x[row:, :] · w[:, col:] through descriptors, which read zeros beyond the edges."""
     for i in range(0, INNER, BLOCK_I):
         x = x_desc.load([row, i])

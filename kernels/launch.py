@@ -24,7 +24,18 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-__all__ = ["INTERPRETING", "Launch", "Tile", "arch_of", "cdiv", "record", "shared_bytes", "sm_count", "targeting", "zeroed_counters"]
+__all__ = [
+    "INTERPRETING",
+    "Launch",
+    "Tile",
+    "arch_of",
+    "cdiv",
+    "record",
+    "shared_bytes",
+    "sm_count",
+    "targeting",
+    "zeroed_counters",
+]
 
 # Decorators read the same variable when kernels are defined, so it cannot change later.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -122,9 +133,7 @@ class Launch:
     def compile(self, arch: int) -> Any:
         """The compiled kernel for compute capability `arch` (80, 90, 100 …); needs neither GPU nor driver."""
         if INTERPRETING:
-            raise RuntimeError(
-                "kernels were defined for the interpreter; unset TRITON_INTERPRET to compile them"
-            )
+            raise RuntimeError("kernels were defined for the interpreter; unset TRITON_INTERPRET to compile them")
         return triton.compile(self.source(), target=GPUTarget("cuda", arch, 32), options=self.options)
 
 

@@ -39,9 +39,7 @@ def _lowrank_forward_kernel(
     rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = pointer_product(
-        acc, x_ptr, w_ptr, rows, cols, M, N, K, stride_xm, stride_xk, stride_wk, stride_wn, BLOCK_K
-    )
+    acc = pointer_product(acc, x_ptr, w_ptr, rows, cols, M, N, K, stride_xm, stride_xk, stride_wk, stride_wn, BLOCK_K)
     acc = low_rank_product(acc, v_ptr, b_ptr, rows, cols, M, N, R, 1, R, BLOCK_R)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
@@ -97,7 +95,7 @@ def lowrank_forward(
     if tile is None:
         tile = choose_tile(M, N, K, R, x.dtype, access_of(x, w, y, arch=arch_of(x)), sm_count(x))
     v, b = v.contiguous(), b.contiguous()
-    args = {"v_ptr": v, "b_ptr": b, "bias_ptr": bias, **blocks_of(tile)}
+    args = {"v_ptr": v, "b_ptr": b, "bias_ptr": None if bias is None else bias.contiguous(), **blocks_of(tile)}
     args |= {"M": M, "N": N, "K": K, "R": R, "RANK_MULTIPLE": rank_multiple(R)}
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     if tile.use_tma:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -152,6 +154,9 @@ def shrink(
     (M, K), R = x.shape, a.shape[0]
     if tile is None:
         tile = choose_tile(M, R, x.dtype, arch_of(x), sm_count(x), a.element_size())
+        if dropout_p and K % 16 and x.element_size() == 2:
+            # Rows that are not aligned are read element by element, and each of these takes a register.
+            tile = replace(tile, block_m=min(tile.block_m, 32), block_k=min(tile.block_k, 64))
     RV = R
     if core is not None:
         RV = {"diag": R, "dense": core.shape[0], "gate": R * core.shape[-1]}[core_kind]

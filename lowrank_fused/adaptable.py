@@ -48,9 +48,7 @@ def why_not_adaptable(module: nn.Module, parent: nn.Module | None = None) -> str
         return "its weight is parametrised (torch.nn.utils.parametrize); remove the parametrisation first"
     if type(module) is not nn.Linear and not is_conv1d(module):
         if isinstance(module, nn.Linear):
-            return (
-                f"{kind} is a subclass of nn.Linear, perhaps quantised; only nn.Linear itself is known here"
-            )
+            return f"{kind} is a subclass of nn.Linear, perhaps quantised; only nn.Linear itself is known here"
         return f"{kind} is neither an nn.Linear nor a transformers Conv1D"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance (accelerate's offloading does that)"

@@ -46,9 +46,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, frozen: str 
     model = unwrap(model)
     layers, record = adapted_layers(model), injection_of(model)
     if record is None:
-        raise ValueError(
-            "these layers were not put here by lowrank_fused.inject, so the config to save is not known"
-        )
+        raise ValueError("these layers were not put here by lowrank_fused.inject, so the config to save is not known")
     config = record.config.to_peft_dict(
         _target_names(model, record), fan_in_fan_out=all(layer.fan_in_fan_out for layer in layers.values())
     )
@@ -149,9 +147,7 @@ def _without_absent_heads(config: AdapterConfig, model: nn.Module) -> AdapterCon
     return AdapterConfig(**{**config.to_dict(), "modules_to_save": present or None})
 
 
-def _start_of(
-    config: AdapterConfig, path: str, weight: Tensor, site: Site | None = None
-) -> tuple[Start, int, float]:
+def _start_of(config: AdapterConfig, path: str, weight: Tensor, site: Site | None = None) -> tuple[Start, int, float]:
     """Names, shapes and constants that a config gives the layer at a path, on the meta device."""
     rank, alpha = methods.resolve(config.method, config.rank_of(path), config.alpha_of(path))
     return methods.init(config.method, weight.to("meta"), rank, alpha, site, **config.options), rank, alpha
@@ -191,17 +187,13 @@ def _check_same_adapters(config: AdapterConfig, layers: dict[str, LowRankLinear]
         if layer.merged:
             raise CheckpointError("the model's adapters are merged; call lowrank_fused.unmerge(model) first")
         if layer.method.name != config.method:
-            raise CheckpointError(
-                f"the files hold {config.method!r}, the model has {layer.method.name!r} at {path}"
-            )
+            raise CheckpointError(f"the files hold {config.method!r}, the model has {layer.method.name!r} at {path}")
         start, rank, _ = _start_of(config, path, layer.matrix)
         constants = {name: getattr(layer, name, None) for name in start.constants}
         theirs = {"rank": rank, "residual": start.residual, **start.constants}
         ours = {"rank": layer.rank, "residual": layer.residual, **constants}
         if theirs != ours:
-            raise CheckpointError(
-                f"{path}: the files were written with {theirs}, the model's layer has {ours}"
-            )
+            raise CheckpointError(f"{path}: the files were written with {theirs}, the model's layer has {ours}")
 
 
 def _write(

@@ -96,9 +96,7 @@ class AdapterConfig:
         given = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout or None}
         for alias in _ALIASES.keys() & more.keys():
             if given[_ALIASES[alias]] is not None:
-                raise TypeError(
-                    f"AdapterConfig got {_ALIASES[alias]} and its alias {alias}; give one of them"
-                )
+                raise TypeError(f"AdapterConfig got {_ALIASES[alias]} and its alias {alias}; give one of them")
             given[_ALIASES[alias]] = more.pop(alias)
         whole = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
         values: dict[str, Any] = {
@@ -130,18 +128,14 @@ class AdapterConfig:
             if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
                 raise ValueError(f"a rank must be a positive integer, got {rank!r} for {where!r}")
         for where, alpha in [("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()]:
-            if alpha is not None and not (
-                isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0
-            ):
+            if alpha is not None and not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
                 raise ValueError(f"alpha must be a positive number, got {alpha!r} for {where!r}")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}")
         if self.bias not in _BIASES:
             raise ValueError(f"bias must be one of {', '.join(_BIASES)}, got {self.bias!r}")
         if not self.target_modules:
-            raise ValueError(
-                "target_modules is empty; name modules, give a regular expression, or 'all-linear'"
-            )
+            raise ValueError("target_modules is empty; name modules, give a regular expression, or 'all-linear'")
         for field_name in ("target_modules", "exclude_modules"):
             self._check_pattern(field_name, getattr(self, field_name))
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
@@ -172,9 +166,7 @@ class AdapterConfig:
         lists = {name: list(value) for name, value in plain.items() if isinstance(value, tuple)}
         return {**plain, **lists, **self.options}
 
-    def to_peft_dict(
-        self, target_modules: str | Iterable[str], *, fan_in_fan_out: bool = False
-    ) -> dict[str, Any]:
+    def to_peft_dict(self, target_modules: str | Iterable[str], *, fan_in_fan_out: bool = False) -> dict[str, Any]:
         """The content of adapter_config.json, with `target_modules` as they resolved on the model.
 
         For LoRA the fields are PEFT's own. Starts that PEFT does not know are written as True: the values are
@@ -217,9 +209,7 @@ class AdapterConfig:
                 raise UnsupportedError(
                     f"adapter_config.json asks for {name}={value!r}, which lowrank_fused does not have"
                 )
-        if (
-            kept.get("init_lora_weights") == "eva"
-        ):  # data-driven start with W untouched: the values are in the file
+        if kept.get("init_lora_weights") == "eva":  # data-driven start with W untouched: the values are in the file
             kept["init_lora_weights"] = True
         return cls(method, **kept)
 

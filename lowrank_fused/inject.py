@@ -69,9 +69,7 @@ def adapted_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     """Path -> layer, each layer once; ValueError if the model has none."""
     layers = {path: m for path, m in unwrap(model).named_modules() if isinstance(m, LowRankLinear)}
     if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no adapters; call lowrank_fused.inject(model, config) first"
-        )
+        raise ValueError(f"{type(model).__name__} has no adapters; call lowrank_fused.inject(model, config) first")
     return layers
 
 
@@ -128,9 +126,7 @@ def inject_with(model: nn.Module, config: AdapterConfig, make: Callable[..., Low
     return model
 
 
-def _make(
-    target: Target, config: AdapterConfig, site: Site, make: Callable[..., LowRankLinear]
-) -> LowRankLinear:
+def _make(target: Target, config: AdapterConfig, site: Site, make: Callable[..., LowRankLinear]) -> LowRankLinear:
     with _named(target.paths[0]):
         layer = make(target.module, config, path=target.paths[0], site=site)
         if layer.residual and target.tied_to:

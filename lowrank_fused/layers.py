@@ -50,9 +50,7 @@ class LowRankLinear(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(
-        self, linear: nn.Module, config: AdapterConfig, start: Start, *, rank: int, alpha: float
-    ) -> None:
+    def __init__(self, linear: nn.Module, config: AdapterConfig, start: Start, *, rank: int, alpha: float) -> None:
         """Put a method's `start` onto a linear; `from_linear` is the way to make one."""
         super().__init__()
         self.method = methods.get(config.method)
@@ -124,18 +122,13 @@ class LowRankLinear(nn.Module):
         tensors = {name: _leaf(value, dtype, True) for name, value in start.parameters.items()}
         # Frozen vectors have the trained tensors' dtype, so that a difference to a start is exactly zero.
         tensors |= {
-            name: _leaf(value, dtype if value.dim() < 2 else value.dtype, False)
-            for name, value in start.frozen.items()
+            name: _leaf(value, dtype if value.dim() < 2 else value.dtype, False) for name, value in start.frozen.items()
         }
         if start.residual:
-            tensors |= {
-                f"start_{name}": _leaf(tensors[name].clone(), dtype, False) for name in start.parameters
-            }
+            tensors |= {f"start_{name}": _leaf(tensors[name].clone(), dtype, False) for name in start.parameters}
         for name, value in (tensors | self._constants).items():
             if hasattr(self, name):
-                raise ValueError(
-                    f"method {self.method.name!r} calls something {name!r}, a name this layer uses"
-                )
+                raise ValueError(f"method {self.method.name!r} calls something {name!r}, a name this layer uses")
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:
@@ -200,9 +193,7 @@ class LowRankLinear(nn.Module):
         if self.merged:
             return
         if self.tied_to:
-            raise UnsupportedError(
-                f"the weight is tied to {self.tied_to}, which merging would change; untie it first"
-            )
+            raise UnsupportedError(f"the weight is tied to {self.tied_to}, which merging would change; untie it first")
         terms = self.method.terms(self, self.matrix, self.weight.new_zeros(0, self.in_features))
         merged = merged_weight(self.matrix, terms)
         _check_finite(merged, "the merged weight")

@@ -192,9 +192,7 @@ def lowrank_linear(
     return y
 
 
-def routes_for(
-    x: Tensor, weight: Tensor, a: Tensor, dropout_p: float, route: str = "auto"
-) -> tuple[str, str]:
+def routes_for(x: Tensor, weight: Tensor, a: Tensor, dropout_p: float, route: str = "auto") -> tuple[str, str]:
     """The routes that serve forward and backward of such a call; a named route serves both or raises."""
     if route != "auto":
         if reason := unavailable(route, x.device, x.dtype):
@@ -241,12 +239,14 @@ def _check(
     if ra < 1 or rb < 1:
         raise ValueError(f"the rank must be at least 1, got a {list(a.shape)} and b {list(b.shape)}")
     if kind in ("none", "diag") and ra != rb:
-        raise ValueError(
-            f"a has rank {ra} but b has rank {rb}; only a dense core or a gate may change the rank"
-        )
+        raise ValueError(f"a has rank {ra} but b has rank {rb}; only a dense core or a gate may change the rank")
     if core is not None and kind != "gate" and list(core.shape) != (expected := [rb, ra][-core.dim() :]):
         raise ValueError(f"a {kind} core must be {expected}, got {list(core.shape)}")
-    if core is not None and kind == "gate" and (core.numel() != x.numel() // k * core.shape[1] or core.shape[1] * ra != rb):
+    if (
+        core is not None
+        and kind == "gate"
+        and (core.numel() != x.numel() // k * core.shape[1] or core.shape[1] * ra != rb)
+    ):
         raise ValueError(
             f"a gate must have a row per token and E columns with b of rank E · {ra}; got g {list(core.shape)}, "
             f"x {list(x.shape)}, b {list(b.shape)}"
@@ -257,9 +257,7 @@ def _check(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if weight.requires_grad:
-        raise ValueError(
-            "weight must be frozen: call weight.requires_grad_(False); only the low-rank term trains"
-        )
+        raise ValueError("weight must be frozen: call weight.requires_grad_(False); only the low-rank term trains")
     for name, tensor in (("weight", weight), ("a", a), ("b", b), ("core", core), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; move them to one device")

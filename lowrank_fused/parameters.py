@@ -48,9 +48,7 @@ class ParameterReport:
 
     def __str__(self) -> str:
         lines = [f"{'what':<16}{'layers':>8}{'rank':>10}{'trainable':>16}{'frozen':>16}"]
-        lines += [
-            f"{r.kind:<16}{r.layers:>8}{r.rank:>10}{r.trainable:>16,}{r.frozen:>16,}" for r in self.rows
-        ]
+        lines += [f"{r.kind:<16}{r.layers:>8}{r.rank:>10}{r.trainable:>16,}{r.frozen:>16,}" for r in self.rows]
         lines.append(f"{self.trainable:,} of {self.base:,} base parameters train ({self.percent:.4f} %)")
         lines += [f"not adapted: {path}: {reason}" for path, reason in self.skipped.items()]
         return "\n".join(lines)

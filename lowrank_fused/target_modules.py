@@ -125,9 +125,7 @@ def _head_paths(model: nn.Module) -> dict[str, str]:
     heads = [head] if head is not None else [getattr(model, name, None) for name in _HEADS]
     inside = {id(module) for module in heads if module is not None for module in module.modules()}
     reason = "the output head, which 'all-linear' leaves out; name it, or put it into modules_to_save"
-    return {
-        path: reason for path, module in model.named_modules(remove_duplicate=False) if id(module) in inside
-    }
+    return {path: reason for path, module in model.named_modules(remove_duplicate=False) if id(module) in inside}
 
 
 def _mark_ties(model: nn.Module, targets: Targets) -> None:

@@ -10,6 +10,7 @@ only small parameters is autograd's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 

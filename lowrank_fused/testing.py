@@ -134,9 +134,7 @@ class Operands:
         """The same values as fresh leaves of another dtype."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {
-            k: v.detach().to(dtype).requires_grad_(v.requires_grad)
-            for k, v in values.items()
-            if isinstance(v, Tensor)
+            k: v.detach().to(dtype).requires_grad_(v.requires_grad) for k, v in values.items() if isinstance(v, Tensor)
         }
         return replace(self, **moved)
 
@@ -161,9 +159,7 @@ class Operands:
 
     def run(self, **options: Any) -> dict[str, Tensor]:
         """y and the gradient of every leaf from the engine; options: route, dropout_p, seed."""
-        return self._with_gradients(
-            lowrank_linear(self.x, self.weight, self.a, self.b, **self.arguments(), **options)
-        )
+        return self._with_gradients(lowrank_linear(self.x, self.weight, self.a, self.b, **self.arguments(), **options))
 
     def run_ref(self, **options: Any) -> dict[str, Tensor]:
         """The same from the reference by autograd; options: dropout_p, keep."""

@@ -91,9 +91,7 @@ def test_peft_loads_ours(kind, settings, tmp_path):
     lf.save_adapter(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(tiny_model(kind), tmp_path)
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
-    ours, saved = (
-        load_file(p / "adapter_model.safetensors") for p in (tmp_path, save_theirs(theirs, tmp_path))
-    )
+    ours, saved = (load_file(p / "adapter_model.safetensors") for p in (tmp_path, save_theirs(theirs, tmp_path)))
     assert ours.keys() == saved.keys() and all(torch.equal(ours[key], saved[key]) for key in ours)
 
 

@@ -46,7 +46,10 @@ def by_formula(dy: Tensor, b: Tensor, s: Tensor, core: Tensor, scale: float) -> 
 @pytest.mark.parametrize(("m", "n", "r", "rows"), SHAPES)
 def test_integers_come_out_exactly(m, n, r, rows, dtype, device):
     dy = integer_operand(m, n, low=-1, high=1, dtype=dtype).to(device)
-    b, s = integer_operand(n, r, low=-1, high=1).to(device), integer_operand(m, r, low=-1, high=1, dtype=dtype).to(device)
+    b, s = (
+        integer_operand(n, r, low=-1, high=1).to(device),
+        integer_operand(m, r, low=-1, high=1, dtype=dtype).to(device),
+    )
     core = integer_operand(r).to(device)
     # Small enough that sums are integers which every dtype holds; the last rounding, to dtype, is the reference's too.
     got = run(dy, b, s, rows, scale=2.0, core=core, want_dcore=True)

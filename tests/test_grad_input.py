@@ -44,9 +44,7 @@ def keep_mask(m: int, k: int, p: float, device: torch.device) -> tuple[Tensor, T
     return keep[:, :k], pack(keep)
 
 
-def reference(
-    dy: Tensor, w: Tensor, ds: Tensor, a: Tensor, keep: Tensor | None = None, p: float = 0.0
-) -> Tensor:
+def reference(dy: Tensor, w: Tensor, ds: Tensor, a: Tensor, keep: Tensor | None = None, p: float = 0.0) -> Tensor:
     delta = ds @ a
     return dy @ w + (delta if keep is None else delta * keep / (1 - p))
 

@@ -122,9 +122,7 @@ def test_residual_starts_agree_with_peft(name):
 
 def test_kaiming_draws_from_the_same_distribution_as_peft():
     peft = pytest.importorskip("peft")
-    theirs = peft.get_peft_model(
-        nn.Sequential(nn.Linear(64, 8)), peft.LoraConfig(r=256, target_modules=["0"])
-    )
+    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(64, 8)), peft.LoraConfig(r=256, target_modules=["0"]))
     theirs = theirs.base_model.model[0].lora_A["default"].weight
     ours, _ = initializers.get(True).function(torch.empty(8, 64), 256, 1.0)
     assert theirs.abs().max() <= 64**-0.5 and ours.abs().max() <= 64**-0.5
@@ -208,10 +206,7 @@ def test_the_starts_of_the_diagonal_are_the_published_ones():
     assert torch.equal(z["constant"], mean.expand(4096))
     assert torch.equal(z["ones"], torch.ones(4096)) and torch.equal(z["zeros"], torch.zeros(4096))
     half = mean.abs() / 2
-    assert (
-        z["uniform"].abs().max() <= half
-        and z["uniform"].max() > 0.95 * half > -0.95 * half > z["uniform"].min()
-    )
+    assert z["uniform"].abs().max() <= half and z["uniform"].max() > 0.95 * half > -0.95 * half > z["uniform"].min()
     assert z["s_uniform"].abs().max() <= 1 and z["s_uniform"].max() > 0.95 > -0.95 > z["s_uniform"].min()
     for name, expected, spread in (("normal", mean, std), ("s_normal", 0.0, 1.0)):
         assert abs(z[name].mean() - expected) < 5 * spread / 64 and abs(z[name].std() / spread - 1) < 0.06
@@ -299,9 +294,7 @@ def test_tied_pivots_still_rebuild_the_weight():
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_singular_weight_names_the_pivot_and_the_way_out(weight, first, dtype):
-    with pytest.raises(
-        lf.SingularPivotError, match=rf"pivot {first} of the leading 6 .*at most {first}.*exclude"
-    ):
+    with pytest.raises(lf.SingularPivotError, match=rf"pivot {first} of the leading 6 .*at most {first}.*exclude"):
         ldu(weight.to(dtype), 6)
     if first:
         assert torch.isfinite(ldu(weight.to(dtype), first).upper).all()

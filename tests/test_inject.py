@@ -107,9 +107,7 @@ def test_all_linear_is_what_peft_takes(kind):
     ours = {t.paths[0] for t in find_targets(tiny_model(kind), lf.AdapterConfig()).found}
     task = {"task_type": "SEQ_CLS"} if kind in ("roberta", "vit") else {}
     theirs = peft.get_peft_model(tiny_model(kind), peft.LoraConfig(target_modules="all-linear", **task))
-    names = {
-        n for n, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)
-    }
+    names = {n for n, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     assert ours == names
 
 
@@ -217,9 +215,7 @@ def test_merge_is_all_or_nothing():
     move(model)
     model.model.layers[1].mlp.down_proj.lora_B.data.fill_(1e5)
     before = snapshot(model)
-    with pytest.raises(
-        ValueError, match=r"model.layers.1.mlp.down_proj: the merged weight would not be finite"
-    ):
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.down_proj: the merged weight would not be finite"):
         lf.merge(model)
     assert_unchanged(model, before)
     assert not any(m.merged for m in model.modules() if isinstance(m, lf.LowRankLinear))
@@ -257,11 +253,7 @@ def test_an_inject_that_fails_while_placing_leaves_no_trace(monkeypatch):
     place = attention.__setattr__
 
     def refuse(self, name, value):
-        if (
-            name == "o_proj"
-            and self is model.model.layers[1].self_attn
-            and isinstance(value, lf.LowRankLinear)
-        ):
+        if name == "o_proj" and self is model.model.layers[1].self_attn and isinstance(value, lf.LowRankLinear):
             raise RuntimeError("read-only")
         place(self, name, value)
 
@@ -319,9 +311,7 @@ class Quantised(nn.Linear):
 
 def test_layers_that_cannot_carry_an_adapter_are_skipped_with_a_warning_or_refused_by_name():
     model = nn.ModuleDict({"plain": nn.Linear(4, 4), "packed": Quantised(4, 4)})
-    with pytest.warns(
-        UserWarning, match="linear layers without an adapter: 1, for example packed: Quantised"
-    ):
+    with pytest.warns(UserWarning, match="linear layers without an adapter: 1, for example packed: Quantised"):
         lf.inject(model, rank=2)
     assert "packed" in lf.trainable_parameters(model).skipped
     lf.remove(model)
@@ -425,9 +415,7 @@ def test_config_takes_aliases_and_gives_itself_back():
     assert (config.r, config.lora_alpha, config.lora_dropout) == (16, 32, 0.05)
     assert config == lf.AdapterConfig("lora", r=16, lora_alpha=32, lora_dropout=0.05)
     assert lf.AdapterConfig(**config.to_dict()) == config
-    other = lf.AdapterConfig(
-        "loldu", rank=4, form="residual", target_modules=("a", "b"), modules_to_save=["c"]
-    )
+    other = lf.AdapterConfig("loldu", rank=4, form="residual", target_modules=("a", "b"), modules_to_save=["c"])
     assert lf.AdapterConfig(**other.to_dict()) == other and other.options == {"form": "residual"}
     with pytest.raises(AttributeError):
         config.r = 4

@@ -24,9 +24,7 @@ EACH = [
     ("loldu", {}),
     ("loldu", {"form": "residual"}),
 ]
-each_kind = pytest.mark.parametrize(
-    ("method", "options"), EACH, ids=["lora", "pissa", "loldu", "loldu-residual"]
-)
+each_kind = pytest.mark.parametrize(("method", "options"), EACH, ids=["lora", "pissa", "loldu", "loldu-residual"])
 
 
 def conv1d(k: int, n: int) -> nn.Module:

@@ -30,9 +30,7 @@ def device() -> str:
 @pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize("route", ROUTES)
 def test_as_accurate_as_torch(route, core, p, dtype, device):
-    operands = Operands.random(
-        37, 29, 43, 5, core=core, dtype=dtype, vectors=("bias", "out", "col"), device=device
-    )
+    operands = Operands.random(37, 29, 43, 5, core=core, dtype=dtype, vectors=("bias", "out", "col"), device=device)
     check_against_float64(operands, route=route, dropout_p=p)
 
 
@@ -40,9 +38,7 @@ def test_as_accurate_as_torch(route, core, p, dtype, device):
 @pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize("route", ROUTES)
 def test_fp32_adapters_beside_16_bit_x(route, core, dtype, device):
-    operands = Operands.random(
-        33, 24, 40, 4, core=core, dtype=dtype, adapter_dtype=torch.float32, device=device
-    )
+    operands = Operands.random(33, 24, 40, 4, core=core, dtype=dtype, adapter_dtype=torch.float32, device=device)
     check_against_float64(operands, route=route, dropout_p=0.25)
 
 
@@ -53,9 +49,7 @@ SHAPES = [(33, 65, 17, 9), (64, 65, 63, 17), (31, 37, 41, 37), (70, 15, 130, 8),
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("route", ROUTES)
 def test_shapes(route, shape, device):
-    check_against_float64(
-        Operands.random(*shape, vectors=("bias",), device=device), route=route, dropout_p=0.2
-    )
+    check_against_float64(Operands.random(*shape, vectors=("bias",), device=device), route=route, dropout_p=0.2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -225,9 +219,7 @@ def test_all_routes_draw_the_same_mask(route, device):
     seed = torch.tensor([123], device=device)
     y = lowrank_linear(x, torch.zeros(4, k, device=device), a, b, dropout_p=0.3, seed=seed, route=route)
     (dx,) = torch.autograd.grad(y.sum(), x)
-    reference = lowrank_linear(
-        x, torch.zeros(4, k, device=device), a, b, dropout_p=0.3, seed=seed, route="reference"
-    )
+    reference = lowrank_linear(x, torch.zeros(4, k, device=device), a, b, dropout_p=0.3, seed=seed, route="reference")
     (expected,) = torch.autograd.grad(reference.sum(), x)
     assert torch.equal(dx != 0, expected != 0)
     assert 0.6 < (dx != 0).float().mean() < 0.8
@@ -309,9 +301,7 @@ def test_autocast(route, dtype, device):
         # A backward that runs inside the context must not have its fp32 sums rounded either.
         inside = torch.autograd.grad(y, (o.x, o.a, o.b, o.bias), o.dy.to(dtype), retain_graph=True)
     outside = torch.autograd.grad(y, (o.x, o.a, o.b, o.bias), o.dy.to(dtype))
-    low = Operands.random(
-        20, 24, 32, 4, vectors=("bias",), dtype=dtype, adapter_dtype=torch.float32, device=device
-    )
+    low = Operands.random(20, 24, 32, 4, vectors=("bias",), dtype=dtype, adapter_dtype=torch.float32, device=device)
     low.bias = o.bias
     low.scale = 1.0
     expected = low.run(route=route)
@@ -391,9 +381,7 @@ def test_does_not_write_into_its_inputs():
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_a_sentence(change, error, message):
-    arguments = dict(
-        x=torch.randn(9, 16), weight=torch.randn(10, 16), a=torch.randn(3, 16), b=torch.randn(10, 3)
-    )
+    arguments = dict(x=torch.randn(9, 16), weight=torch.randn(10, 16), a=torch.randn(3, 16), b=torch.randn(10, 3))
     with pytest.raises(error, match=message):
         lowrank_linear(**arguments | change)
 

@@ -21,6 +21,7 @@ SHAPES = [
     pytest.param(33, 40, 8, 8, id="inner-below-its-block"),
     pytest.param(5, 3, 2, 1, id="rank-one"),
     pytest.param(20, 48, 40, 64, id="several-rank-blocks"),
+    pytest.param(300, 40, 16, 4, id="more-row-blocks-than-a-group"),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["linear", "conv1d"]
@@ -182,9 +183,7 @@ def test_reading_follows_alignment():
     assert access_of(half(64, 128), half(128, 64).t(), arch=90) == "descriptors"
     assert access_of(half(64, 128), half(128, 64).t(), arch=80) == "vectors"
     assert access_of(half(64, 128), half(64, 128), arch=120) == "vectors"
-    assert (
-        access_of(half(64, 136), half(64, 128), arch=90) == "descriptors"
-    )  # 16-byte rows are enough for these
+    assert access_of(half(64, 136), half(64, 128), arch=90) == "descriptors"  # 16-byte rows are enough for these
     assert access_of(half(64, 136), half(64, 128), arch=80) == "elements"
     assert access_of(half(64, 132), half(64, 128), arch=90) == "elements"
     assert access_of(half(64, 256)[:, ::2], arch=90) == "elements"

@@ -66,9 +66,7 @@ def test_a_frozen_a_keeps_no_x(route, device):
 
 
 def test_loldu_keeps_rank_values_a_token():
-    layer = LowRankLinear.from_linear(
-        nn.Linear(K, N, bias=False, dtype=torch.bfloat16), method="loldu", rank=R
-    )
+    layer = LowRankLinear.from_linear(nn.Linear(K, N, bias=False, dtype=torch.bfloat16), method="loldu", rank=R)
     x = torch.randn(M, K, dtype=torch.bfloat16, requires_grad=True)
     few, many = (kept_bytes(lambda t=t: layer(t), layer.parameters()) for t in (x[: M // 2], x))
     assert many - few == M // 2 * R * 2

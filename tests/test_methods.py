@@ -35,9 +35,7 @@ each_method = pytest.mark.parametrize("name", methods.registry())
 each_variant = pytest.mark.parametrize(("name", "options"), variants())
 
 
-def make_layer(
-    name: str, dtype: torch.dtype = torch.float64, moved: bool = True, **options
-) -> lf.LowRankLinear:
+def make_layer(name: str, dtype: torch.dtype = torch.float64, moved: bool = True, **options) -> lf.LowRankLinear:
     """A layer over a random linear, with its trained values moved away from the start."""
     torch.manual_seed(0)
     linear = nn.Linear(K, N, dtype=dtype)
@@ -77,13 +75,9 @@ def test_equals_its_reference_with_all_gradients(name, options):
     expected = methods.get(name).reference(x, layer.matrix, layer.bias, layer)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     grads = torch.autograd.grad(ours, list(leaves.values()), dy)
-    for leaf, grad, right in zip(
-        leaves, grads, torch.autograd.grad(expected, list(leaves.values()), dy), strict=True
-    ):
+    for leaf, grad, right in zip(leaves, grads, torch.autograd.grad(expected, list(leaves.values()), dy), strict=True):
         assert right.abs().max() > 0, f"{leaf} has no gradient: this proves nothing"
-        torch.testing.assert_close(
-            grad, right, rtol=1e-11, atol=1e-11, msg=lambda text, leaf=leaf: f"d{leaf}: {text}"
-        )
+        torch.testing.assert_close(grad, right, rtol=1e-11, atol=1e-11, msg=lambda text, leaf=leaf: f"d{leaf}: {text}")
 
 
 @each_variant

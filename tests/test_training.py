@@ -81,12 +81,8 @@ def test_loss_curve_and_adapters_are_pefts(name, dtype):
     if dtype == torch.float32:
         for path, layer in layers.items():
             assert layer.lora_B.any()
-            torch.testing.assert_close(
-                layer.lora_A, twins[path].lora_A["default"].weight, rtol=1e-3, atol=1e-4
-            )
-            torch.testing.assert_close(
-                layer.lora_B, twins[path].lora_B["default"].weight, rtol=1e-3, atol=1e-4
-            )
+            torch.testing.assert_close(layer.lora_A, twins[path].lora_A["default"].weight, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(layer.lora_B, twins[path].lora_B["default"].weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", sorted(lf.methods.registry()))
@@ -96,9 +92,7 @@ def test_every_method_trains(method):
     model = llama()
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
-    lf.inject(
-        model, lf.AdapterConfig(method=method, r=16, alpha=16, dropout=0.05, target_modules="all-linear")
-    )
+    lf.inject(model, lf.AdapterConfig(method=method, r=16, alpha=16, dropout=0.05, target_modules="all-linear"))
     batch = next(batches("llama"))
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)

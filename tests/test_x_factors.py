@@ -55,9 +55,7 @@ def test_integers_come_out_exactly(m, k, r, rows, dtype, masked, device):
     a = integer_operand(r, k, low=-1, high=1).to(device)
     keep, bits = draw(m, k, device) if masked else (None, None)
     # p = 0.5 doubles what is kept, exactly; the bits themselves may come from any rate.
-    da, dx0 = x_factors(
-        x, ds, a, mask=bits, dropout_p=0.5 * masked, want_dx0=True, tile=small_tile(r), chunk_rows=rows
-    )
+    da, dx0 = x_factors(x, ds, a, mask=bits, dropout_p=0.5 * masked, want_dx0=True, tile=small_tile(r), chunk_rows=rows)
     exact = by_formula(x.double(), ds.double(), a.double(), keep, 0.5)
     assert torch.equal(da, exact[0].to(a.dtype)) and da.dtype == a.dtype
     assert torch.equal(dx0, exact[1].to(dtype)) and dx0.dtype == dtype

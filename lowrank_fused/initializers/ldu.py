@@ -48,9 +48,7 @@ def ldu(weight: Tensor, rank: int) -> LDU:
     order = order.to(weight.device)
     lower = packed.tril(-1)
     lower.diagonal().fill_(1.0)
-    rest = torch.linalg.solve_triangular(
-        lower[:rank], exact[order[:rank], rank:], upper=False, unitriangular=True
-    )
+    rest = torch.linalg.solve_triangular(lower[:rank], exact[order[:rank], rank:], upper=False, unitriangular=True)
     scaled = torch.cat([packed[:rank].triu(), rest], dim=1)
     pivot = packed.diagonal().clone()
     _check_pivots(weight, scaled, pivot)

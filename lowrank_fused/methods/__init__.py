@@ -85,9 +85,7 @@ def method(cls: Any) -> Any:
     if missing:
         raise TypeError(f"method {cls.__name__} lacks {', '.join(missing)}")
     parameters = inspect.signature(cls.init).parameters
-    required = [
-        name for name, p in parameters.items() if p.default is p.empty and name not in ("weight", "site")
-    ]
+    required = [name for name, p in parameters.items() if p.default is p.empty and name not in ("weight", "site")]
     if required:
         raise TypeError(f"method {cls.__name__}: init gives no default for {', '.join(required)}")
     return _METHODS.add(cls.name, cls)
@@ -117,9 +115,7 @@ def resolve(name: str, rank: int | None = None, alpha: float | None = None) -> t
     return rank, float(rank if alpha is None else alpha)
 
 
-def init(
-    name: str, weight: Tensor, rank: int, alpha: float, site: Site | None = None, **chosen: Any
-) -> Start:
+def init(name: str, weight: Tensor, rank: int, alpha: float, site: Site | None = None, **chosen: Any) -> Start:
     """Call a method's `init` on `weight` [out, in]; `site` reaches the methods that ask for it."""
     function = get(name).init
     if "site" in inspect.signature(function).parameters:

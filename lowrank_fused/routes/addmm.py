@@ -70,9 +70,7 @@ def backward(
     return grads
 
 
-def _input_grad(
-    dy: Tensor, weight: Tensor, a: Tensor, ds: Tensor, keep: Tensor | None, keep_scale: float
-) -> Tensor:
+def _input_grad(dy: Tensor, weight: Tensor, a: Tensor, ds: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
     """dx = dy W + mask ∘ (ds A), the library adding the second product into the first, or the reverse."""
     if keep is None:
         return (dy @ weight).addmm_(ds, a)

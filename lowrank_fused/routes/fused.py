@@ -76,9 +76,7 @@ class KernelRoute:
         dx0 = None
         if o.wants_a and x is not None:
             wants_dx0 = o.wants_x and not self.carries
-            grads.a, dx0 = x_factors(
-                x, ds, a, mask=saved.mask, dropout_p=o.dropout_p, want_dx0=wants_dx0
-            )
+            grads.a, dx0 = x_factors(x, ds, a, mask=saved.mask, dropout_p=o.dropout_p, want_dx0=wants_dx0)
         if o.wants_x and self.carries:
             grads.x = grad_input(dy, weight, ds, a, mask=saved.mask, dropout_p=o.dropout_p)
         elif o.wants_x:
