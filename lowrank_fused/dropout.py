@@ -37,6 +37,7 @@ _GATHER_BITS = 0x0102040810204080
 _REPEAT_BYTE = 0x0101010101010101
 _BIT_OF_BYTE = _signed(0x8040201008040201, 64)
 _SEVEN_BITS = 0x7F7F7F7F7F7F7F7F
+_HASHES_AT_A_TIME = 1 << 18
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -59,11 +60,16 @@ def draw_keep(seed: Tensor, m: int, k: int, p: float) -> Tensor:
     low, high = _xor_shift_(key, 31).view(torch.int32)
     rows = (torch.arange(m, device=seed.device) * words).to(torch.int32).mul_(_GOLDEN).add_(low)
     columns = torch.arange(words, dtype=torch.int32, device=seed.device).mul_(_GOLDEN)
-    h = rows[:, None] + columns
-    _xor_shift_(h, 16).mul_(_MIX_1).add_(high)
-    _xor_shift_(h, 15).mul_(_MIX_2)
-    _xor_shift_(h, 16)
-    return h.view(torch.int16) >= threshold(p)
+    keep = torch.empty(m, 2 * words, dtype=torch.bool, device=seed.device)
+    # A dozen passes over the hashes: on a CPU as many rows at a time as its caches hold.
+    step = max(1, _HASHES_AT_A_TIME // words) if seed.device.type == "cpu" else max(1, m)
+    for some, kept in zip(rows.split(step), keep.split(step), strict=True):
+        h = some[:, None] + columns
+        _xor_shift_(h, 16).mul_(_MIX_1).add_(high)
+        _xor_shift_(h, 15).mul_(_MIX_2)
+        _xor_shift_(h, 16)
+        torch.ge(h.view(torch.int16), threshold(p), out=kept)
+    return keep
 
 
 def _xor_shift_(h: Tensor, by: int) -> Tensor:
