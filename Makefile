@@ -39,7 +39,7 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/mypy
 
 bench-cpu: $(READY) ## measure layers and a training step on this CPU against PEFT
-	HF_HUB_OFFLINE=1 $(BIN)/python -m bench.cpu
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.cpu
 
 gpu-check: $(READY) ## everything that needs a CUDA device: tests at real sizes, benchmarks; exits 3 without one
 	HF_HUB_OFFLINE=1 $(BIN)/python -m bench.gpu_check
