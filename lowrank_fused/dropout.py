@@ -37,7 +37,7 @@ _GATHER_BITS = 0x0102040810204080
 _REPEAT_BYTE = 0x0101010101010101
 _BIT_OF_BYTE = _signed(0x8040201008040201, 64)
 _SEVEN_BITS = 0x7F7F7F7F7F7F7F7F
-_HASHES_AT_A_TIME = 1 << 18
+_ELEMENTS_AT_A_TIME = 1 << 19
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -61,8 +61,7 @@ def draw_keep(seed: Tensor, m: int, k: int, p: float) -> Tensor:
     rows = (torch.arange(m, device=seed.device) * words).to(torch.int32).mul_(_GOLDEN).add_(low)
     columns = torch.arange(words, dtype=torch.int32, device=seed.device).mul_(_GOLDEN)
     keep = torch.empty(m, 2 * words, dtype=torch.bool, device=seed.device)
-    # A dozen passes over the hashes: on a CPU as many rows at a time as its caches hold.
-    step = max(1, _HASHES_AT_A_TIME // words) if seed.device.type == "cpu" else max(1, m)
+    step = _rows_at_a_time(keep)
     for some, kept in zip(rows.split(step), keep.split(step), strict=True):
         h = some[:, None] + columns
         _xor_shift_(h, 16).mul_(_MIX_1).add_(high)
@@ -70,6 +69,12 @@ def draw_keep(seed: Tensor, m: int, k: int, p: float) -> Tensor:
         _xor_shift_(h, 16)
         torch.ge(h.view(torch.int16), threshold(p), out=kept)
     return keep
+
+
+def _rows_at_a_time(t: Tensor) -> int:
+    """How many rows to send through several passes: on a CPU what its caches hold, elsewhere all."""
+    m, k = t.shape
+    return max(1, _ELEMENTS_AT_A_TIME // max(1, k) if t.device.type == "cpu" else m)
 
 
 def _xor_shift_(h: Tensor, by: int) -> Tensor:
@@ -96,11 +101,16 @@ def unpadded(keep: Tensor, k: int) -> Tensor:
     return keep if keep.shape[-1] == k else keep[:, :k]
 
 
-def zero_dropped(x: Tensor, keep: Tensor) -> Tensor:
-    """x where kept, 0 elsewhere, for x [M, K] and booleans [M, K] or wider.
+def zero_dropped(x: Tensor, keep: Tensor, out: Tensor | None = None) -> Tensor:
+    """x where kept, 0 elsewhere, for x [M, K] and booleans [M, K] or wider; `out` may be x.
 
     An AND on the bit patterns: a product of float and bool converts element by element and takes six times as long.
     """
     integer = _INTEGER_OF_SIZE[x.element_size()]
-    ones = unpadded(keep, x.shape[1]).view(torch.int8).to(integer).neg_()
-    return ones.bitwise_and_(x.view(integer)).view(x.dtype)
+    out = torch.empty_like(x) if out is None else out
+    keep = unpadded(keep, x.shape[1])
+    step = _rows_at_a_time(x)
+    for some, kept, into in zip(x.split(step), keep.split(step), out.split(step), strict=True):
+        ones = kept.view(torch.int8).to(integer).neg_()
+        torch.bitwise_and(ones, some.view(integer), out=into.view(integer))
+    return out

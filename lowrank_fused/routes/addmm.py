@@ -61,22 +61,31 @@ def backward(
         if o.wants_core and s is not None:
             grads.core = core_grad(gv, s, o.core_kind)
         ds = core_input_grad(gv, o.core_kind, core)
+        dropped = x
         if o.wants_a and x is not None:
-            grads.a = _scaled_mm(ds.t(), x if keep is None else zero_dropped(x, keep), o.keep_scale)
+            dropped = x if keep is None else zero_dropped(x, keep)
+            grads.a = _scaled_mm(ds.t(), dropped, o.keep_scale)
         if o.wants_x:
-            grads.x = _input_grad(dy, weight, a.to(dy.dtype), ds, keep, o.keep_scale)
+            scratch = None if dropped is x else dropped
+            grads.x = _input_grad(dy, weight, a.to(dy.dtype), ds, keep, o.keep_scale, scratch)
     if o.wants_bias:
         grads.bias = dy.sum(0)
     return grads
 
 
-def _input_grad(dy: Tensor, weight: Tensor, a: Tensor, ds: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
-    """dx = dy W + mask ∘ (ds A), the library adding the second product into the first, or the reverse."""
+def _input_grad(
+    dy: Tensor, weight: Tensor, a: Tensor, ds: Tensor, keep: Tensor | None, keep_scale: float, scratch: Tensor | None
+) -> Tensor:
+    """dx = dy W + mask ∘ (ds A), the library adding the second product into the first, or the reverse.
+
+    `scratch`, if any, is a tensor like dx to write into: fresh memory of that size costs more than the product.
+    """
     if keep is None:
         return (dy @ weight).addmm_(ds, a)
-    return zero_dropped(_scaled_mm(ds, a, keep_scale), keep).addmm_(dy, weight)
+    dx = _scaled_mm(ds, a, keep_scale, out=scratch)
+    return zero_dropped(dx, keep, out=dx).addmm_(dy, weight)
 
 
-def _scaled_mm(p: Tensor, q: Tensor, alpha: float) -> Tensor:
+def _scaled_mm(p: Tensor, q: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
     """alpha · p @ q, rounded once."""
-    return torch.addmm(p.new_zeros(()), p, q, beta=0, alpha=alpha)
+    return torch.addmm(p.new_zeros(()), p, q, beta=0, alpha=alpha, out=out)
