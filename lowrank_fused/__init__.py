@@ -10,6 +10,7 @@ from .layers import LowRankLinear
 from .linear import lowrank_linear, lowrank_linear_ref
 from .parameters import trainable_parameters
 from .terms import Gate, Terms
+from .training import hold_gradients, parameter_groups
 
 __version__ = "0.1.0"
 
@@ -23,11 +24,13 @@ __all__ = [
     "Terms",
     "UnsupportedError",
     "disable",
+    "hold_gradients",
     "inject",
     "load_adapter",
     "lowrank_linear",
     "lowrank_linear_ref",
     "merge",
+    "parameter_groups",
     "remove",
     "save_adapter",
     "trainable_parameters",

@@ -1,6 +1,7 @@
 """The files of a saved adapter: adapter_config.json beside adapter_model.safetensors, as PEFT writes them.
 
-Keys in the tensor file are `base_model.model.<path>.<tensor>`. Two things PEFT does not have: a residual
+Keys in the tensor file are `base_model.model.<path>.<tensor>`, or `base_model.<tensor>` for what layers share.
+Two things PEFT does not have: a residual
 start (PiSSA, OLoRA) adds adapter_start.safetensors, the values that its residual weight is made from, which
 PEFT does not read (it decomposes the weight again); and the config may hold SHA-256 hashes of frozen matrices
 in the place of these.
@@ -24,12 +25,13 @@ from torch import Tensor
 
 from .config import AdapterConfig
 from .errors import CheckpointError, UnsupportedError
+from .peft_format import SHARED
 
 __all__ = ["AdapterFiles", "sha256"]
 
 _CONFIG, _TENSORS, _STARTS = "adapter_config.json", "adapter_model.safetensors", "adapter_start.safetensors"
 _HASHES = "frozen_sha256"
-_PREFIX = "base_model.model."
+_PREFIX, _SHARED_PREFIX = "base_model.model.", "base_model."
 
 
 def sha256(tensor: Tensor) -> str:
@@ -52,7 +54,7 @@ class AdapterFiles:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, tensors in ((_TENSORS, self.tensors), (_STARTS, self.starts)):
             if tensors or name == _TENSORS:
-                plain = {_PREFIX + key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+                plain = {_external(key): value.detach().cpu().contiguous() for key, value in tensors.items()}
                 _replace(self.folder / name, partial(save_file, plain, metadata={"format": "pt"}))
             else:
                 (self.folder / name).unlink(missing_ok=True)
@@ -90,7 +92,19 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     With bias="all" PEFT writes the biases of modules_to_save again, under its wrapper's names: left out.
     """
     kept = {k: v for k, v in tensors.items() if ".modules_to_save." not in k and ".original_module." not in k}
-    return {key.removeprefix(_PREFIX): value for key, value in kept.items()}
+    return {_internal(key): value for key, value in kept.items()}
+
+
+def _external(key: str) -> str:
+    if key.startswith(SHARED):
+        return _SHARED_PREFIX + key.removeprefix(SHARED)
+    return _PREFIX + key
+
+
+def _internal(key: str) -> str:
+    if key.startswith(_SHARED_PREFIX) and not key.startswith(_PREFIX):
+        return SHARED + key.removeprefix(_SHARED_PREFIX)
+    return key.removeprefix(_PREFIX)
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

@@ -1,9 +1,10 @@
-"""Save the adapters of a model to a folder and load them again, for LoRA in PEFT's own format, both ways."""
+"""Save the adapters of a model to a folder and load them again, for what PEFT has in PEFT's own format, both ways."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,12 +18,11 @@ from .errors import CheckpointError, UnsupportedError
 from .inject import Injection, adapted_layers, inject_with, injection_of, remove, unwrap
 from .layers import LowRankLinear
 from .methods import Site, Start
+from .peft_format import PeftFormat
 from .target_modules import matches
 
 __all__ = ["load_adapter", "save_adapter"]
 
-# PEFT holds these as nn.Linear modules, so their keys end in .weight.
-_LINEAR_TENSORS = ("lora_A", "lora_B")
 # What inject and the methods raise when a config does not fit a model.
 _MISFITS = (ValueError, TypeError, UnsupportedError)
 
@@ -30,8 +30,8 @@ _MISFITS = (ValueError, TypeError, UnsupportedError)
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, frozen: str = "save") -> None:
     """Write the adapters of a model to the folder `path`: adapter_config.json and adapter_model.safetensors.
 
-    LoRA's files are PEFT's, so that `PeftModel.from_pretrained` reads them. The other methods' say their name
-    as `peft_type`, which PEFT refuses. Trained biases and modules_to_save are in the file.
+    The files of a method that PEFT has are PEFT's, so that `PeftModel.from_pretrained` reads them. The others'
+    have a `peft_type` that PEFT refuses. Trained biases and modules_to_save are in the file.
 
     Args:
         model: a model that went through `inject`.
@@ -54,14 +54,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, frozen: str 
     config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "name_or_path", None) or None
     files = AdapterFiles(Path(path), config, _tensors(model, layers, record), _starts(layers))
     if frozen == "hash":
-        names = {f"{path}.{name}" for path, layer in layers.items() for name in layer.frozen_names}
-        matrices = [key for key, value in files.tensors.items() if key in names and value.dim() > 1]
+        frozen_ids = {id(getattr(layer, name)) for layer in layers.values() for name in layer.frozen_names}
+        matrices = [key for key, value in files.tensors.items() if id(value) in frozen_ids and value.dim() > 1]
         files.hashes = {key: sha256(files.tensors.pop(key)) for key in matrices}
     files.write()
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Load an adapter that `save_adapter` or, for LoRA, PEFT's `save_pretrained` wrote.
+    """Load an adapter that `save_adapter` or, for a method that it has, PEFT's `save_pretrained` wrote.
 
     A model without adapters gets them first, as `inject` would do, but without drawing or decomposing
     anything that the files hold. On a model with adapters the files must describe the same ones.
@@ -98,12 +98,13 @@ def _tensors(model: nn.Module, layers: dict[str, LowRankLinear], record: Injecti
     """Key -> tensor of the model, each once: what the adapters are made of, and what trains beside them."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
+    names = methods.peft_format(record.config.method, record.config.options) or PeftFormat("")
     for path, layer in layers.items():
         for name in (*layer.trained_names, *layer.frozen_names):
             tensor = getattr(layer, name)
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                found[f"{path}.{name}.weight" if name in _LINEAR_TENSORS else f"{path}.{name}"] = tensor
+                found[names.key(path, name, layer.constants)] = tensor
     state = model.state_dict(keep_vars=True)
     for name in record.originals:
         path, _, leaf = name.rpartition(".")
@@ -171,7 +172,7 @@ def _maker(files: AdapterFiles) -> Callable[..., LowRankLinear]:
 
     def make(linear: nn.Module, config: AdapterConfig, path: str, site: Site) -> LowRankLinear:
         weight = as_matrix(linear)
-        start, rank, alpha = _start_of(config, path, weight, Site(site.index, site.shapes, shared))
+        start, rank, alpha = _start_of(config, path, weight, replace(site, shared=shared))
         if files.hashes or (start.residual and not files.starts):
             return LowRankLinear.from_linear(linear, config, path=path, site=site)
         for group in (start.parameters, start.frozen):

@@ -12,6 +12,7 @@ import torch
 
 from . import methods
 from .errors import UnsupportedError
+from .peft_format import PeftFormat
 from .registry import did_you_mean
 
 __all__ = ["ALL_LINEAR", "AdapterConfig"]
@@ -19,7 +20,8 @@ __all__ = ["ALL_LINEAR", "AdapterConfig"]
 ALL_LINEAR = "all-linear"
 _ALIASES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
 _BIASES = ("none", "all", "lora_only")
-_STARTS_UNKNOWN_TO_PEFT = ("kaiming", "init_a", "init_b", "random")
+# What our own format, for methods and options that PEFT does not have, puts before the method's name.
+_OURS = "LOWRANK_FUSED_"
 # Fields of PEFT's adapter_config.json that do not change what the layers compute.
 _WITHOUT_EFFECT = (
     "auto_mapping",
@@ -140,9 +142,13 @@ class AdapterConfig:
             self._check_pattern(field_name, getattr(self, field_name))
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             self._check_pattern("rank_pattern or alpha_pattern", pattern)
-        # The method itself says what values its options take: ask it on a matrix without data.
+        # The method itself says what values its options take: ask it on a matrix without data, of a size that
+        # whatever must divide a dimension does divide.
         rank, alpha = methods.resolve(self.method, self.r, self.lora_alpha)
-        methods.init(self.method, torch.empty(rank, rank, device="meta"), rank, alpha, **self.options)
+        chosen = {**known_options, **self.options}
+        numbers = [v for v in chosen.values() if isinstance(v, int) and not isinstance(v, bool) and v > 0]
+        size = math.lcm(rank, *numbers)
+        methods.init(self.method, torch.empty(size, size, device="meta"), rank, alpha, **self.options)
 
     @staticmethod
     def _check_pattern(where: str, pattern: Any) -> None:
@@ -169,49 +175,68 @@ class AdapterConfig:
     def to_peft_dict(self, target_modules: str | Iterable[str], *, fan_in_fan_out: bool = False) -> dict[str, Any]:
         """The content of adapter_config.json, with `target_modules` as they resolved on the model.
 
-        For LoRA the fields are PEFT's own. Starts that PEFT does not know are written as True: the values are
-        in the tensor file anyway. Other methods get their name as `peft_type`, which PEFT refuses, and our
-        field names.
+        Where PEFT has the method with these options the names are PEFT's; otherwise they are ours beside a
+        `peft_type` that PEFT refuses.
         """
         rank, alpha = methods.resolve(self.method, self.r, self.lora_alpha)
-        plain = self.to_dict()
+        known = methods.peft_format(self.method, self.options)
+        plain = {**self.to_dict(), **methods.options(self.method), **self.options}
         del plain["method"], plain["autocast_adapter_dtype"]
         plain |= {
-            "peft_type": self.method.upper(),
             "r": rank,
             "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
             "target_modules": target_modules if isinstance(target_modules, str) else sorted(target_modules),
             "inference_mode": True,
         }
-        if self.method != "lora":
-            return {**plain, "library": "lowrank_fused"}
-        plain |= {
-            "use_rslora": False,
-            "init_lora_weights": True,
-            "fan_in_fan_out": fan_in_fan_out,
-        } | self.options
-        if plain["init_lora_weights"] in _STARTS_UNKNOWN_TO_PEFT:
-            plain["init_lora_weights"] = True
-        return plain
+        if known is None:
+            return {**plain, "peft_type": _OURS + self.method.upper(), "library": "lowrank_fused"}
+        for name in known.requires:
+            del plain[name]
+        for name, values in known.written.items():
+            plain[name] = values.get(plain[name], plain[name])
+        for name, theirs in known.fields.items():
+            value = plain.pop(name)
+            if theirs is not None:
+                plain[theirs] = value
+        return {**plain, **known.fixed, "peft_type": known.peft_type, "fan_in_fan_out": fan_in_fan_out}
 
     @classmethod
     def from_peft_dict(cls, values: Mapping[str, Any]) -> AdapterConfig:
         """The config of an adapter_config.json, PEFT's or ours.
 
-        Raises UnsupportedError for what changes the computation and is not known here (use_dora,
-        layers_to_transform, …).
+        Raises UnsupportedError for what changes the computation and is not known here (layers_to_transform,
+        …), ValueError for an unknown method.
         """
-        method = str(values.get("peft_type", "")).lower()
-        known = {f.name for f in fields(cls)} - {"method", "options"} | set(methods.options(method))
-        kept = {name: value for name, value in values.items() if name in known}
+        method, known = _method_of(values)
+        theirs = {their: our for our, their in known.fields.items() if their is not None}
+        absent = {our for our, their in known.fields.items() if their is None}
+        ours = {f.name for f in fields(cls)} - {"method", "options"} | set(methods.options(method))
+        ours -= absent | set(known.fields) | set(known.requires)
+        kept: dict[str, Any] = {}
         for name, value in values.items():
-            if name not in known and name not in _WITHOUT_EFFECT and value:
+            our = theirs.get(name, name if name in ours else None)
+            if our is not None:
+                kept[our] = known.read.get(our, {}).get(value, value) if isinstance(value, str) else value
+            elif name not in (*_WITHOUT_EFFECT, *known.ignored, *known.fixed) and value:
                 raise UnsupportedError(
                     f"adapter_config.json asks for {name}={value!r}, which lowrank_fused does not have"
                 )
-        if kept.get("init_lora_weights") == "eva":  # data-driven start with W untouched: the values are in the file
-            kept["init_lora_weights"] = True
-        return cls(method, **kept)
+        return cls(method, **known.requires, **kept)
+
+
+def _method_of(values: Mapping[str, Any]) -> tuple[str, PeftFormat]:
+    """The method of an adapter_config.json and the names that it is written with."""
+    peft_type = str(values.get("peft_type", ""))
+    if peft_type.startswith(_OURS):
+        method = peft_type.removeprefix(_OURS).lower()
+        methods.get(method)
+        return method, PeftFormat(peft_type)
+    for method in methods.registry():
+        known = methods.peft_format(method)
+        if known is not None and known.describes(values):
+            return method, known
+    methods.get(peft_type.lower())
+    raise UnsupportedError(f"adapter_config.json describes a kind of {peft_type} that lowrank_fused does not have")
 
 
 def _is_all_linear(value: Any) -> bool:

@@ -16,7 +16,16 @@ from .layers import LowRankLinear
 from .model_shapes import build, target_modules
 from .parameters import trainable_parameters
 
-__all__ = ["KeptBytes", "MethodFacts", "ModelCount", "count_in_model", "kept_per_token", "method_facts"]
+__all__ = [
+    "KeptBytes",
+    "MethodFacts",
+    "ModelCount",
+    "count_in_model",
+    "kept_by_a_token",
+    "kept_per_token",
+    "method_facts",
+    "small_layer",
+]
 
 # Sizes that cannot be mistaken for one another when they turn up in a shape.
 IN, OUT, RANK = 64, 40, 8
@@ -24,18 +33,20 @@ IN, OUT, RANK = 64, 40, 8
 
 @dataclass(frozen=True)
 class KeptBytes:
-    """Bytes a layer keeps per token: per_in · in_features + per_rank · rank."""
+    """Bytes a layer keeps per token: per_in · in_features + per_out · out_features + per_rank · rank + fixed."""
 
     per_in: float
+    per_out: float
     per_rank: float
+    fixed: float = 0.0
 
-    def at(self, in_features: int, rank: int) -> float:
+    def at(self, in_features: int, out_features: int, rank: int) -> float:
         """Bytes per token of a layer of this size."""
-        return self.per_in * in_features + self.per_rank * rank
+        return self.per_in * in_features + self.per_out * out_features + self.per_rank * rank + self.fixed
 
     def __str__(self) -> str:
-        parts = [f"{factor:g}·{what}" for factor, what in ((self.per_in, "in"), (self.per_rank, "r")) if factor]
-        return " + ".join(parts) or "0"
+        named = ((self.per_in, "·in"), (self.per_out, "·out"), (self.per_rank, "·r"), (self.fixed, ""))
+        return " + ".join(f"{factor:g}{what}" for factor, what in named if factor) or "0"
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,7 @@ def count_in_model(
 def method_facts(name: str) -> MethodFacts:
     """Formula, trained tensors and kept bytes of a method, the latter two read off a small layer."""
     method = methods.get(name)
-    layer = _layer(name, IN, RANK, 0.0, torch.float32)
+    layer = small_layer(name, IN, OUT, RANK, 0.0, torch.float32)
     letters = {IN: "in", OUT: "out", RANK: "r"}
     shapes = {
         tensor: f"[{', '.join(letters.get(size, str(size)) for size in getattr(layer, tensor).shape)}]"
@@ -100,33 +111,37 @@ def method_facts(name: str) -> MethodFacts:
 
 
 def kept_per_token(name: str, *, dropout: float = 0.0, dtype: torch.dtype = torch.bfloat16) -> KeptBytes:
-    """Measure small layers of one method and solve for the two factors.
+    """Measure small layers of one method and solve for the factors.
 
     Differences between token counts leave out what does not grow with them, such as a seed.
     """
-    small = _kept_more(name, IN, RANK, dropout, dtype)
-    wider = _kept_more(name, 2 * IN, RANK, dropout, dtype)
-    higher = _kept_more(name, IN, 2 * RANK, dropout, dtype)
-    found = KeptBytes((wider - small) / IN, (higher - small) / RANK)
-    if found.at(IN, RANK) != small:
-        raise RuntimeError(f"{name} keeps {small} bytes per token at in={IN}, r={RANK}: not {found}")
-    return found
+
+    def kept(in_features: int, out_features: int, rank: int) -> float:
+        return kept_by_a_token(small_layer(name, in_features, out_features, rank, dropout, dtype))
+
+    small = kept(IN, OUT, RANK)
+    per_in = (kept(2 * IN, OUT, RANK) - small) / IN
+    per_out = (kept(IN, 2 * OUT, RANK) - small) / OUT
+    per_rank = (kept(IN, OUT, 2 * RANK) - small) / RANK
+    return KeptBytes(per_in, per_out, per_rank, small - per_in * IN - per_out * OUT - per_rank * RANK)
 
 
-def _kept_more(name: str, in_features: int, rank: int, dropout: float, dtype: torch.dtype) -> float:
-    """Bytes that one more token keeps."""
-    layer = _layer(name, in_features, rank, dropout, dtype)
+def kept_by_a_token(layer: LowRankLinear) -> float:
+    """Bytes that one more token keeps in this layer; x is a leaf that requires a gradient."""
     few, many = 16, 48
     kept = []
     for tokens in (few, many):
-        x = torch.ones(tokens, in_features, dtype=dtype, requires_grad=True)
+        x = torch.ones(tokens, layer.in_features, dtype=layer.weight.dtype, requires_grad=True)
         kept.append(kept_bytes(lambda x=x: layer(x), layer.parameters()))  # type: ignore[misc]
     return (kept[1] - kept[0]) / (many - few)
 
 
-def _layer(name: str, in_features: int, rank: int, dropout: float, dtype: torch.dtype) -> LowRankLinear:
+def small_layer(
+    name: str, in_features: int, out_features: int, rank: int, dropout: float, dtype: torch.dtype
+) -> LowRankLinear:
     """A small layer of a method in training mode; torch's generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        linear = nn.Linear(in_features, OUT, bias=False, dtype=dtype)
-        return LowRankLinear.from_linear(linear, method=name, rank=rank, dropout=dropout).train()
+        linear = nn.Linear(in_features, out_features, bias=False, dtype=dtype)
+        settings = {**methods.small_options(name), "rank": rank, "dropout": dropout}
+        return LowRankLinear.from_linear(linear, method=name, **settings).train()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import methods
 from .adaptable import as_matrix, is_linear_like
 from .config import AdapterConfig
 from .errors import UnsupportedError
@@ -110,10 +111,9 @@ def inject_with(model: nn.Module, config: AdapterConfig, make: Callable[..., Low
     record = Injection(config, paths, skipped, saved_whole, trained_before)
     layers: list[LowRankLinear] = []
     try:
-        shapes = [(m.shape[0], m.shape[1]) for m in (as_matrix(t.module) for t in targets.found)]
-        shared: dict[str, Any] = {}
+        site = _first_site(paths, targets.found, config)
         for i, target in enumerate(targets.found):
-            layers.append(_make(target, config, Site(i, shapes, shared), make))
+            layers.append(_make(target, config, replace(site, index=i), make))
         for target, layer in zip(targets.found, layers, strict=True):
             _place(model, target.paths, layer)
         _freeze(model, layers, record)
@@ -124,6 +124,12 @@ def inject_with(model: nn.Module, config: AdapterConfig, make: Callable[..., Low
         raise
     model.__dict__[_RECORD] = record
     return model
+
+
+def _first_site(paths: list[str], targets: list[Target], config: AdapterConfig) -> Site:
+    shapes = [(m.shape[0], m.shape[1]) for m in (as_matrix(t.module) for t in targets)]
+    ranks = [methods.resolve(config.method, config.rank_of(path))[0] for path in paths]
+    return Site(0, paths, shapes, ranks, {})
 
 
 def _make(target: Target, config: AdapterConfig, site: Site, make: Callable[..., LowRankLinear]) -> LowRankLinear:

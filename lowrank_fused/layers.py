@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from . import methods
 from .adaptable import as_matrix, is_conv1d, parameters_of, why_not_adaptable
 from .config import AdapterConfig
 from .errors import UnsupportedError
+from .generated import Generated
 from .linear import lowrank_linear
 from .merging import merged_weight
 from .methods import Site, Start
@@ -31,6 +31,14 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
+
+
+class Values:
+    """Named values for a method, where they are not the layer's own."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
 
 
 class LowRankLinear(nn.Module):
@@ -69,6 +77,7 @@ class LowRankLinear(nn.Module):
         # In a tuple, so that the replaced module is no child of this one.
         self._replaced = (linear,)
         self._unmerged: Tensor | None = None
+        self._generated = Generated(self._generate) if hasattr(self.method, "generate") else None
         self._adopt(start, config.autocast_adapter_dtype)
         if self.residual:
             self.weight = nn.Parameter(torch.empty_like(self.weight), requires_grad=False)
@@ -118,7 +127,7 @@ class LowRankLinear(nn.Module):
         sixteen_bit = self.weight.dtype in (torch.float16, torch.bfloat16)
         dtype = torch.float32 if sixteen_bit and autocast_adapter_dtype else self.weight.dtype
         self.trained_names, self.frozen_names = tuple(start.parameters), tuple(start.frozen)
-        self._constants = dict(start.constants)
+        self.constants = dict(start.constants)
         tensors = {name: _leaf(value, dtype, True) for name, value in start.parameters.items()}
         # Frozen vectors have the trained tensors' dtype, so that a difference to a start is exactly zero.
         tensors |= {
@@ -126,7 +135,7 @@ class LowRankLinear(nn.Module):
         }
         if start.residual:
             tensors |= {f"start_{name}": _leaf(tensors[name].clone(), dtype, False) for name in start.parameters}
-        for name, value in (tensors | self._constants).items():
+        for name, value in (tensors | self.constants).items():
             if hasattr(self, name):
                 raise ValueError(f"method {self.method.name!r} calls something {name!r}, a name this layer uses")
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
@@ -144,6 +153,26 @@ class LowRankLinear(nn.Module):
         """Whether the adapter is in the weight at the moment."""
         return self._unmerged is not None
 
+    @property
+    def generated(self) -> tuple[Tensor, ...]:
+        """What the method generates from its tensors and the weight; see `Generated` for when."""
+        assert self._generated is not None, f"method {self.method.name!r} generates nothing"
+        return self._generated(*(getattr(self, name) for name in self._sources()), self.weight)
+
+    def _sources(self) -> tuple[str, ...]:
+        return (*self.trained_names, *self.frozen_names)
+
+    def _generate(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        *values, weight = tensors
+        named = dict(zip(self._sources(), values, strict=True))
+        matrix = weight.t() if self.fan_in_fan_out else weight
+        return self.method.generate(Values({**named, **self.constants}), matrix)  # type: ignore[attr-defined]
+
+    def caches(self) -> list[Generated]:
+        """Everything that this layer remembers of its generated factors, alone or with others."""
+        shared = [getattr(value, "generated", None) for value in self.constants.values()]
+        return [one for one in (self._generated, *shared) if isinstance(one, Generated)]
+
     def adapter_tensors(self) -> dict[str, Tensor]:
         """What the adapter adds to the layer, by attribute name: trained, frozen and start values."""
         starts = [f"start_{name}" for name in self.trained_names] if self.residual else []
@@ -153,7 +182,7 @@ class LowRankLinear(nn.Module):
         """x [..., in] -> y [..., out]; the plain linear layer when merged or disabled."""
         if self.merged or not (self.enabled or self.residual):
             return F.linear(x, self.matrix, self.bias)
-        terms = self.method.terms(self if self.enabled else self._at_start(), self.matrix, x)
+        terms = self.method.terms(self if self.enabled else self._at_start(self.matrix), self.matrix, x)
         return lowrank_linear(
             x,
             self.matrix,
@@ -167,17 +196,20 @@ class LowRankLinear(nn.Module):
             dropout_p=self.dropout_p if self.training and self.enabled else 0.0,
         )
 
-    def _at_start(self) -> SimpleNamespace:
+    def _at_start(self, weight: Tensor) -> Values:
         """What `terms` reads, with the starting values in the place of the trained ones (residual layers)."""
         values = {name: getattr(self, name) for name in self.frozen_names}
         values |= {name: getattr(self, f"start_{name}") for name in self.trained_names}
-        return SimpleNamespace(**values, **self._constants)
+        start = Values({**values, **self.constants})
+        if self._generated is not None:
+            start.generated = self.method.generate(start, weight)  # type: ignore[attr-defined]
+        return start
 
     @torch.no_grad()
     def rebase(self) -> None:
         """Set the weight of a residual layer to W minus the low-rank part at the start."""
         original = as_matrix(self._replaced[0]).detach().to(self.weight.device)
-        terms = self.method.terms(self._at_start(), original, original.new_zeros(0, self.in_features))
+        terms = self.method.terms(self._at_start(original), original, original.new_zeros(0, self.in_features))
         residual = merged_weight(original, replace(terms, scale=-terms.scale))
         _check_finite(residual, "the residual weight of the starting values")
         self.matrix.copy_(residual)

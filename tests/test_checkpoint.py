@@ -281,7 +281,7 @@ DAMAGE = {
     "broken json": (lambda f: (f / "adapter_config.json").write_text('{"r": '), "damaged or cut short"),
     "not an object": (lambda f: (f / "adapter_config.json").write_text("[]"), "must hold a JSON object"),
     "unknown method": (lambda f: edit_config(f, peft_type="LOHA"), "unknown method 'loha'"),
-    "dora": (lambda f: edit_config(f, use_dora=True), "asks for use_dora=True"),
+    "qalora": (lambda f: edit_config(f, use_qalora=True), "asks for use_qalora=True"),
     "some layers": (lambda f: edit_config(f, layers_to_transform=[0]), "asks for layers_to_transform"),
     "bad value": (lambda f: edit_config(f, lora_alpha=-1), "alpha must be a positive number"),
     "unknown start": (

@@ -23,7 +23,7 @@ SOURCES = sorted(f for folder in ("kernels", PACKAGE, "bench", "tests") for f in
 # "modules": what users build adapters with. Tools are for people at a terminal and for tests; nothing else
 # leans on them.
 GROUPS = {
-    "ground": {"dropout", "errors", "registry", "target", "terms"},
+    "ground": {"dropout", "errors", "generated", "peft_format", "registry", "target", "terms"},
     "kernels": {"kernels"},
     "routes": {"routes"},
     "engine": {"linear", "ops"},
@@ -210,11 +210,13 @@ def test_public_names_are_these():
         "Terms",
         "UnsupportedError",
         "disable",
+        "hold_gradients",
         "inject",
         "load_adapter",
         "lowrank_linear",
         "lowrank_linear_ref",
         "merge",
+        "parameter_groups",
         "remove",
         "save_adapter",
         "trainable_parameters",

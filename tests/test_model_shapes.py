@@ -135,9 +135,9 @@ def test_every_method_has_facts(name: str) -> None:
 
 
 def test_kept_bytes_of_the_methods() -> None:
-    assert kept_per_token("lora").at(4096, 16) == 2 * 4096 + 2 * 16
-    assert kept_per_token("lora", dropout=0.1).at(4096, 16) == 8736
-    assert kept_per_token("loldu").at(4096, 16) == 2 * 16
+    assert kept_per_token("lora").at(4096, 4096, 16) == 2 * 4096 + 2 * 16
+    assert kept_per_token("lora", dropout=0.1).at(4096, 4096, 16) == 8736
+    assert kept_per_token("loldu").at(4096, 4096, 16) == 2 * 16
     assert str(kept_per_token("lora")) == "2·in + 2·r"
     assert str(kept_per_token("loldu")) == "2·r"
 

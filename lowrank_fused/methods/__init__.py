@@ -16,38 +16,77 @@ functions.
         The paper's formula in plain PyTorch. It shares no line with `terms`, because it is the witness
         against it.
 
-A method that does not start as the base layer says why in a text `differs_at_start`. Tests, benchmarks, the
-command line and the documentation read the registry; nothing else is written per method.
+Further parts, where a method has them:
+
+    generate(p, weight) -> tuple of tensors
+        Factors that are functions of trained tensors or of the weight and cost too much to compute in every
+        call. The layer evaluates this once until a tensor changes; `terms` finds the result as
+        `p.generated`.
+    keeps = ("x", "s")
+        What backward keeps of every token: x (K elements), s (Ra), gate (E), y (N). The default is x and s.
+    variants = ({"form": "residual"}, ...)
+        Option values under which the method is tested too, beyond each yes-or-no option turned.
+    small = {"vector_length": 4}
+        Options that make it fit layers of a few dozen features, where the defaults are too large for these.
+    differs_at_start = "why", or a function of the options that returns this or None
+        For a method that does not start as the base layer.
+    peft = PeftFormat(...)
+        How PEFT writes the method's adapters, which are then read and written so.
+
+Tests, benchmarks, the command line and the documentation read the registry; nothing else is written per method.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lowrank_fused.peft_format import PeftFormat
 from lowrank_fused.registry import Registry
 from lowrank_fused.terms import Terms
 
-__all__ = ["Method", "Site", "Start", "get", "init", "method", "options", "registry", "resolve"]
+__all__ = [
+    "Method",
+    "Site",
+    "Start",
+    "differs_at_start",
+    "get",
+    "init",
+    "keeps",
+    "method",
+    "options",
+    "peft_format",
+    "registry",
+    "resolve",
+    "small_options",
+]
 
 
 @dataclass
 class Site:
     """Where a layer stands among those that are made together.
 
-    `shapes` holds (out, in) of all of them in model order and `index` is this layer's place in it; `shared`
-    is one dictionary for all of them, in which a method keeps the tensors that its layers have in common. An
-    nn.Parameter that is put into several layers stays one: it is counted, trained and saved once.
+    `paths`, `shapes` (out, in) and `ranks` are those of all of them in model order and `index` is this
+    layer's place in these; `shared` is one dictionary for all of them, in which a method keeps the tensors
+    and objects that its layers have in common. An nn.Parameter that is put into several layers stays one: it
+    is counted, trained and saved once.
     """
 
     index: int
+    paths: Sequence[str]
     shapes: Sequence[tuple[int, int]]
+    ranks: Sequence[int]
     shared: dict[str, Any]
+
+    @classmethod
+    def alone(cls, weight: Tensor, rank: int) -> Site:
+        """The place of a layer that is made by itself."""
+        return cls(0, [""], [(weight.shape[0], weight.shape[1])], [rank], {})
 
 
 @dataclass
@@ -55,13 +94,14 @@ class Start:
     """What `init` returns: the values a layer starts from.
 
     `parameters` are trained and `frozen` are kept, both under names that are attributes of the layer and keys
-    on disk. `constants` are plain Python numbers. With `residual` the layer takes W minus the low-rank part
+    on disk. `constants` are numbers, or objects that compare by value; one with a `generated` attribute
+    (`Generated`) holds factors for several layers. With `residual` the layer takes W minus the low-rank part
     at the start as its base weight, so that it starts as the original layer whatever the factors are.
     """
 
     parameters: dict[str, Tensor]
     frozen: dict[str, Tensor] = field(default_factory=dict)
-    constants: dict[str, float] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
     residual: bool = False
 
 
@@ -107,6 +147,28 @@ def options(name: str) -> dict[str, Any]:
     return {key: p.default for key, p in parameters.items() if key not in _NOT_OPTIONS}
 
 
+def small_options(name: str) -> dict[str, Any]:
+    """Options under which the method fits layers of a few dozen features, for tests and tables."""
+    return dict(getattr(get(name), "small", {}))
+
+
+def keeps(name: str) -> tuple[str, ...]:
+    """What backward keeps of every token, of x, s, gate and y."""
+    return getattr(get(name), "keeps", ("x", "s"))
+
+
+def differs_at_start(name: str, chosen: Mapping[str, Any] | None = None) -> str | None:
+    """Why a layer of the method with these options does not start as the base layer; None if it does."""
+    declared = getattr(get(name), "differs_at_start", None)
+    return declared(**{**options(name), **(chosen or {})}) if callable(declared) else declared
+
+
+def peft_format(name: str, chosen: Mapping[str, Any] | None = None) -> PeftFormat | None:
+    """How PEFT writes the method with these options; None if it does not have it."""
+    known: PeftFormat | None = getattr(get(name), "peft", None)
+    return known if known is not None and known.has({**options(name), **(chosen or {})}) else None
+
+
 def resolve(name: str, rank: int | None = None, alpha: float | None = None) -> tuple[int, float]:
     """Rank and alpha, the method's defaults for None; a default alpha of None means alpha = rank."""
     parameters = inspect.signature(get(name).init).parameters
@@ -119,6 +181,6 @@ def init(name: str, weight: Tensor, rank: int, alpha: float, site: Site | None =
     """Call a method's `init` on `weight` [out, in]; `site` reaches the methods that ask for it."""
     function = get(name).init
     if "site" in inspect.signature(function).parameters:
-        chosen["site"] = site or Site(0, [(weight.shape[0], weight.shape[1])], {})
+        chosen["site"] = site or Site.alone(weight, rank)
     with torch.no_grad():
         return function(weight.detach(), rank=rank, alpha=alpha, **chosen)

@@ -31,6 +31,8 @@ from . import Start, method
 class Loldu:
     name = "loldu"
     formula = "y = x Wᵀ + ((x Uᵀ) ∘ (σ z − σ₀ z₀)) (P L)ᵀ"
+    keeps = ("s",)
+    variants = ({"form": "residual"}, {"init_method": "uniform"})
 
     @staticmethod
     def init(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowrank_fused import initializers
+from lowrank_fused.peft_format import PeftFormat
 from lowrank_fused.terms import Terms
 
 from . import Start, method
@@ -26,6 +27,15 @@ from . import Start, method
 class Lora:
     name = "lora"
     formula = "y = x Wᵀ + s · drop(x) Aᵀ Bᵀ"
+    variants = ({"init_lora_weights": "pissa"}, {"init_lora_weights": "init_b"})
+    # Of starts that PEFT does not know, and of data-driven ones, the values are in the file.
+    peft = PeftFormat(
+        "LORA",
+        fixed={"use_dora": False},
+        written={"init_lora_weights": dict.fromkeys(("kaiming", "init_a", "init_b", "random"), True)},
+        read={"init_lora_weights": {"eva": True}},
+        keys={"lora_A": "{path}.lora_A.weight", "lora_B": "{path}.lora_B.weight"},
+    )
 
     @staticmethod
     def init(
@@ -40,6 +50,11 @@ class Lora:
         start = initializers.get(init_lora_weights)
         a, b = start.function(weight, rank, scale)
         return Start({"lora_A": a, "lora_B": b}, constants={"scaling": scale}, residual=start.residual)
+
+    @staticmethod
+    def differs_at_start(use_rslora: bool, init_lora_weights: bool | str) -> str | None:
+        drawn = init_lora_weights is False or init_lora_weights == "random"
+        return "neither factor starts at zero" if drawn else None
 
     @staticmethod
     def terms(p: Any, weight: Tensor, x: Tensor) -> Terms:

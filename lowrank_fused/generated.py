@@ -1,0 +1,178 @@
+"""Factors that are functions of trained tensors: computed once until these change, differentiated once per backward.
+
+NEAT's σ(A W) or Uni-LoRA's θ[index] would otherwise be computed again by every micro-batch and every checkpoint
+recompute, although they change only when the optimiser has stepped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+__all__ = ["Generated"]
+
+
+class _Steps:
+    """How many steps all optimisers have taken: some write parameters behind the back of PyTorch's version counter."""
+
+    taken = 0
+    watched = False
+
+    @classmethod
+    def watch(cls) -> None:
+        """Count from now on (a hook, so that importing the package leaves PyTorch as it was)."""
+        if not cls.watched:
+            register_optimizer_step_post_hook(lambda *_: cls._count())
+            cls.watched = True
+
+    @classmethod
+    def _count(cls) -> None:
+        cls.taken += 1
+
+
+@dataclass
+class _Graph:
+    """One evaluation: the outputs with their graph, the leaves under it, and gradients that wait for them."""
+
+    outputs: tuple[Tensor, ...]
+    sources: tuple[Tensor, ...]
+    held: list[Tensor | None] = field(default_factory=list)
+    holding: bool = False
+
+    def add(self, grads: tuple[Tensor | None, ...]) -> None:
+        """Add to the held gradients."""
+        if not self.held:
+            self.held = [None] * len(self.outputs)
+        for i, grad in enumerate(grads):
+            before = self.held[i]
+            if grad is not None:
+                self.held[i] = grad if before is None else before + grad
+
+    def take(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs that have gradients, and these; nothing is held any more."""
+        pairs = [(out, grad) for out, grad in zip(self.outputs, self.held, strict=False) if grad is not None]
+        self.held = []
+        return [out for out, _ in pairs], [grad for _, grad in pairs]
+
+
+class _Pullback(torch.autograd.Function):
+    """Hands out the values of a _Graph; its backward runs that graph, as often as the autograd engine calls it.
+
+    Nothing goes through save_for_backward: checkpointing may then enter with a value at hand or without, and a second
+    backward through the same values (the next micro-batch) finds nothing freed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, graph: _Graph, *sources: Tensor) -> tuple[Tensor, ...]:
+        ctx.graph = graph
+        ctx.set_materialize_grads(False)
+        return tuple(out.detach() for out in graph.outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        graph: _Graph = ctx.graph
+        graph.add(grads)
+        wanted = [source for source, needed in zip(graph.sources, ctx.needs_input_grad[1:], strict=True) if needed]
+        found: list[Tensor | None] = [None] * len(wanted)
+        if not graph.holding:
+            outputs, ready = graph.take()
+            if outputs:
+                found = list(torch.autograd.grad(outputs, wanted, ready, retain_graph=True, allow_unused=True))
+        given = iter(found)
+        return (None, *(next(given) if needed else None for needed in ctx.needs_input_grad[1:]))
+
+
+class Generated:
+    """`function(*sources) -> tensors`, remembered until a source changes.
+
+    A source has changed when it is another tensor, when PyTorch's counter says that it was written to (optimiser step,
+    load, in-place edit), when its memory moved, or when any optimiser has stepped since. Writes through `.data` outside
+    an optimiser are invisible to all of these; call `forget` after them.
+
+    However often the values are used, one backward pulls their summed gradient back to the sources once. Between
+    `hold` and `release` it waits, so that several backwards share one. In a compiled or captured graph nothing is
+    remembered: a replay has to compute what its sources hold by then.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+        self.function = function
+        self.evaluations = 0
+        self._key: tuple | None = None
+        self._sources: tuple[Tensor, ...] = ()
+        self._graph: _Graph | None = None
+        self._values: tuple[Tensor, ...] = ()
+        self._holding = False
+
+    def __call__(self, *sources: Tensor) -> tuple[Tensor, ...]:
+        """The values, with gradients flowing to those sources that require them."""
+        if _must_not_remember(sources):
+            return self.function(*sources)
+        _Steps.watch()
+        key = tuple((s._version, s.data_ptr(), s.requires_grad, s.dtype) for s in sources) + (_Steps.taken,)
+        same = len(sources) == len(self._sources) and all(a is b for a, b in zip(sources, self._sources, strict=True))
+        if not same or key != self._key:
+            if self._graph is not None and self._graph.held:
+                raise RuntimeError("a trained tensor changed while gradients of factors made from it are being held")
+            self._evaluate(sources)
+            self._sources, self._key = sources, key
+        return self._values
+
+    def _evaluate(self, sources: tuple[Tensor, ...]) -> None:
+        """Outside of whatever mode, autocast or checkpoint the caller is in: the values outlive it."""
+        self.evaluations += 1
+        device = sources[0].device.type
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device, enabled=False),
+            torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged),
+        ):
+            outputs = tuple(self.function(*sources))
+            self._graph = _Graph(outputs, sources, holding=self._holding)
+            if any(out.requires_grad for out in outputs):
+                self._values = _Pullback.apply(self._graph, *sources)
+            else:
+                self._values = outputs
+
+    def hold(self) -> None:
+        """Let gradients wait from now on."""
+        self._holding = True
+        if self._graph is not None:
+            self._graph.holding = True
+
+    def release(self, *, discard: bool = False) -> None:
+        """Accumulate the gradients that waited into the sources' `.grad`, or drop them; later ones don't wait."""
+        self._holding = False
+        if self._graph is None:
+            return
+        self._graph.holding = False
+        outputs, grads = self._graph.take()
+        if outputs and not discard:
+            torch.autograd.backward(outputs, grads, retain_graph=True)
+
+    def forget(self) -> None:
+        """Evaluate again at the next call."""
+        self._key, self._sources, self._graph, self._values = None, (), None, ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle starts with nothing remembered."""
+        return {"function": self.function}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["function"])  # type: ignore[misc]
+
+
+def _must_not_remember(sources: tuple[Tensor, ...]) -> bool:
+    if torch.compiler.is_compiling() or any(s.is_meta or s.is_inference() for s in sources):
+        return True
+    return sources[0].is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
