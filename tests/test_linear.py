@@ -52,6 +52,30 @@ def test_shapes(route, shape, device):
     check_against_float64(Operands.random(*shape, vectors=("bias",), device=device), route=route, dropout_p=0.2)
 
 
+@pytest.mark.parametrize("subset", ["all", "only x", "all but x"])
+@pytest.mark.parametrize("core", CORES)
+def test_many_tokens_at_a_high_rank(core, subset, device):
+    """Where the library route forms the weight, forward and backward; with a gate it must not."""
+    o = Operands.random(90, 40, 45, 64, core=core, vectors=("bias",), device=device)
+    options = Options(o.scale, core, 0.0, *[True] * 5)
+    assert (
+        forms_weight(90, 45, 64, o.x.dtype, options) and forms_weight(90, 40, 64, o.x.dtype, options) or core == "gate"
+    )
+    for name, leaf in o.leaves().items():
+        leaf.requires_grad_(subset == "all" or (name == "x") == (subset == "only x"))
+    check_against_float64(o, route="addmm")
+
+
+def test_sixteen_bit_weights_are_never_formed(device):
+    """Each element of B A is below half a unit in the last place of W, and yet their sum over K shows."""
+    x, weight = torch.ones(200, 64, dtype=torch.bfloat16), torch.zeros(64, 64, dtype=torch.bfloat16)
+    weight[:, 0], weight[:, 1] = 1, -1
+    a, b = torch.zeros(64, 64), torch.zeros(64, 64)
+    a[0, :2], b[:, 0] = 1, 2.0**-10
+    y = lowrank_linear(x.to(device), weight.to(device), a.to(device), b.to(device), route="addmm")
+    assert (y == 2 * 2.0**-10).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize("route", ROUTES)
