@@ -9,6 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run, so that a failure is a change; `--hypothesis-profile=explore` draws new ones.
+settings.register_profile("explore", deadline=None)
+settings.register_profile("fixed", deadline=None, derandomize=True)
+settings.load_profile("fixed")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

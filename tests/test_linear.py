@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_fused import Gate, UnsupportedError, lowrank_linear
+from lowrank_fused.routes.addmm import forms_weight
+from lowrank_fused.routes.problem import Options
 from lowrank_fused.testing import Operands, check_against_float64, integer_operand
 
 LIBRARY_ROUTES = ["reference", "addmm"]
@@ -170,15 +172,32 @@ def test_every_subset_of_gradients(route, core, device):
 
 
 def restrided(t: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same leaf in another layout: rows apart, every other column of a parent, or column by column."""
+    """The same leaf in another layout: rows apart, every other column of a parent, or column by column.
+
+    Gaps hold zeros, because PyTorch's own bf16 products on a CPU, the standard here, read them.
+    """
     rows, columns = t.shape
     if layout == "rows apart":
-        view = torch.empty(rows, columns + 3, dtype=t.dtype, device=t.device)[:, :columns]
+        view = torch.zeros(rows, columns + 3, dtype=t.dtype, device=t.device)[:, :columns]
     elif layout == "sliced":
-        view = torch.empty(2 * rows, 2 * columns, dtype=t.dtype, device=t.device)[::2, ::2]
+        view = torch.zeros(2 * rows, 2 * columns, dtype=t.dtype, device=t.device)[::2, ::2]
     else:
-        view = torch.empty(columns, rows, dtype=t.dtype, device=t.device).t()
+        view = torch.zeros(columns, rows, dtype=t.dtype, device=t.device).t()
     return view.copy_(t.detach()).requires_grad_(t.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("route", ROUTES)
+def test_what_lies_between_rows_is_never_read(route, dtype, device):
+    o = Operands.random(23, 19, 29, 8, dtype=dtype, device=device)
+    seed = torch.tensor([3], device=device)
+    expected = o.run(route=route, dropout_p=0.3, seed=seed)
+    for name in ("x", "weight", "a", "b", "dy"):
+        t = getattr(o, name)
+        gaps = torch.full((t.shape[0], t.shape[1] + 3), float("nan"), dtype=dtype, device=device)[:, : t.shape[1]]
+        setattr(o, name, gaps.copy_(t.detach()).requires_grad_(t.requires_grad))
+    for name, value in o.run(route=route, dropout_p=0.3, seed=seed).items():
+        torch.testing.assert_close(value, expected[name])
 
 
 @st.composite
@@ -208,27 +227,27 @@ any_dropout = st.sampled_from([0.0, 0.1, 0.7])
 library_route, kernel_route = st.sampled_from(LIBRARY_ROUTES), st.sampled_from(KERNEL_ROUTES)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(calls(8, 40, vectors=("bias", "out", "col")), library_route, any_dropout)
 def test_any_call_of_the_library_routes(operands, route, p):
     check_against_float64(operands, route=route, dropout_p=p)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(calls(1, 40, make=ternary), library_route)
 def test_any_integer_call_of_the_library_routes(operands, route):
     check_exact(operands, route)
 
 
 @pytest.mark.triton
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(calls(8, 80, vectors=("bias",)), kernel_route, any_dropout)
 def test_any_call_of_the_kernel_routes(operands, route, p):
     check_against_float64(operands, route=route, dropout_p=p)
 
 
 @pytest.mark.triton
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(calls(1, 80, make=ternary), kernel_route)
 def test_any_integer_call_of_the_kernel_routes(operands, route):
     check_exact(operands, route)
