@@ -36,6 +36,7 @@ setup(
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",
         "transformers>=4.56",
+        "numpy",
         "safetensors>=0.4",
         "typer>=0.15",
     ],

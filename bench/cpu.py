@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bench.goals import Goal, as_dicts, markdown_table, missed
+from bench.goals import Goal, as_dicts, missed
 from bench.layers import LAYERS, BenchLayer
 from bench.model_step import TrainingStep, demo_steps
 from lowrank_fused.benchmark import (
@@ -38,6 +38,7 @@ from lowrank_fused.benchmark import (
 )
 from lowrank_fused.demo.model import RANK as DEMO_RANK
 from lowrank_fused.doctor import environment
+from lowrank_fused.tables import markdown_table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu"
 DTYPES = (torch.float32, torch.bfloat16)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Goal", "as_dicts", "markdown_table", "missed"]
+__all__ = ["Goal", "as_dicts", "missed"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,3 @@ def missed(goals: Iterable[Goal]) -> list[Goal]:
 def as_dicts(goals: Iterable[Goal]) -> list[dict[str, Any]]:
     """For JSON, with the verdict."""
     return [asdict(goal) | {"met": goal.met} for goal in goals]
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are aligned to the right."""
-    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

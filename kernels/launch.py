@@ -48,6 +48,7 @@ _SCALAR_TYPES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.uint8: "u8",
+    torch.uint16: "u16",
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -72,7 +73,8 @@ class Tile:
     """The compile-time side of a launch: block sizes, warps, pipeline stages.
 
     A kernel reads the fields it has an axis for; `block_r` covers the rank (at least 16, the smallest inner
-    dimension of a tensor-core product).
+    dimension of a tensor-core product). Without `max_registers` the assembler decides on them, and may spill a few
+    bytes in order to fit another program onto a multiprocessor.
     """
 
     block_m: int = 64
@@ -82,6 +84,7 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 3
     use_tma: bool = False
+    max_registers: int | None = None
 
 
 @dataclass
@@ -114,7 +117,8 @@ class Launch:
     @property
     def options(self) -> dict[str, int]:
         """What the compiler is told besides the arguments."""
-        return {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
+        options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
+        return options if self.tile.max_registers is None else {**options, "maxnreg": self.tile.max_registers}
 
     def source(self) -> ASTSource:
         """What is compiled: launches with equal `source().hash()` and options share one binary."""

@@ -65,6 +65,16 @@ def reduce_parts(parts_ptr, out_ptr, count, size, first, last, BLOCK_C: tl.const
 
 
 @triton.jit
+def sum_of_parts(part_ptrs, mask, count, size):
+    """Σ_c part_ptrs[c · size] in the order of c, fp32, two parts in flight; see `reduce_parts` for the loads."""
+    total = tl.zeros(part_ptrs.shape, tl.float32)
+    for _ in tl.range(0, count, loop_unroll_factor=2):
+        total += tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+        part_ptrs += size
+    return total
+
+
+@triton.jit
 def is_last_to_arrive(counter_ptr, count):
     """Whether this program is the last of `count` to come here; it then sees what all of them stored before.
 

@@ -12,24 +12,19 @@ from .dy_factors import rows_per_chunk
 from .expand import expand
 from .launch import Launch, Tile, arch_of, cdiv, sm_count, zeroed_counters
 from .shrink import block_of_rank
-from .tile import cast, dot, is_last_to_arrive
+from .tile import cast, dot, is_last_to_arrive, sum_of_parts
 
 __all__ = ["choose_tile", "factor_grad", "x_factors"]
 
 
 @triton.jit
 def _sum_parts(parts_ptr, da_ptr, first_r, offs_k, chunks, R, K, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """da[r, k] = Σ_c parts[c, r, k] for one strip of columns; 16 ranks at a time, two parts in flight."""
+    """da[r, k] = Σ_c parts[c, r, k] for one strip of columns; 16 ranks at a time."""
     for r in range(0, BLOCK_R, 16):
         rows = first_r + r + tl.arange(0, 16)
         offs = rows.to(tl.int64)[:, None] * K + offs_k[None, :]
         mask = (rows < R)[:, None] & (offs_k < K)[None, :]
-        total = tl.zeros((16, BLOCK_K), tl.float32)
-        part_ptrs = parts_ptr + offs
-        for _ in tl.range(0, chunks, loop_unroll_factor=2):
-            # Other programs of this launch wrote them: L1 must not answer.
-            total += tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-            part_ptrs += tl.cast(R, tl.int64) * K
+        total = sum_of_parts(parts_ptr + offs, mask, chunks, tl.cast(R, tl.int64) * K)
         tl.store(da_ptr + offs, cast(total, da_ptr.dtype.element_ty), mask=mask)
 
 

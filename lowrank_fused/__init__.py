@@ -5,6 +5,7 @@ from __future__ import annotations
 from .checkpoint import load_adapter, save_adapter
 from .config import AdapterConfig
 from .errors import CheckpointError, LowRankFusedError, SingularPivotError, UnsupportedError
+from .eva import initialize_eva
 from .inject import disable, inject, merge, remove, unmerge
 from .layers import LowRankLinear
 from .linear import lowrank_linear, lowrank_linear_ref
@@ -25,6 +26,7 @@ __all__ = [
     "UnsupportedError",
     "disable",
     "hold_gradients",
+    "initialize_eva",
     "inject",
     "load_adapter",
     "lowrank_linear",

@@ -73,6 +73,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     model = unwrap(model)
     files = AdapterFiles.read(Path(path))
     config = _without_absent_heads(files.adapter_config(), model)
+    known = config.peft_format()
+    if known is not None and known.unpack is not None:
+        files.tensors = known.unpack(files.tensors, files.config)
     fresh = injection_of(model) is None
     try:
         if fresh:
@@ -84,6 +87,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         tensors = _tensors(model, layers, record)
         for alias in _aliases(model, tensors):
             files.tensors.pop(alias, None)
+        _check_implied(files, tensors, layers)
         _write(files, tensors, _starts(layers), layers)
     except BaseException as error:
         if fresh and injection_of(model) is not None:
@@ -98,9 +102,9 @@ def _tensors(model: nn.Module, layers: dict[str, LowRankLinear], record: Injecti
     """Key -> tensor of the model, each once: what the adapters are made of, and what trains beside them."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
-    names = methods.peft_format(record.config.method, record.config.options) or PeftFormat("")
+    names = record.config.peft_format() or PeftFormat("")
     for path, layer in layers.items():
-        for name in (*layer.trained_names, *layer.frozen_names):
+        for name in layer.saved_names:
             tensor = getattr(layer, name)
             if id(tensor) not in seen:
                 seen.add(id(tensor))
@@ -129,7 +133,13 @@ def _starts(layers: dict[str, LowRankLinear]) -> dict[str, Tensor]:
 
 
 def _target_names(model: nn.Module, record: Injection) -> str | Iterable[str]:
-    """target_modules to write: as given; for "all-linear" the ends of the paths, if these say the same."""
+    """target_modules to write: as given; for "all-linear" the ends of the paths, if these say the same.
+
+    Where PEFT has no field for what is excluded, all paths.
+    """
+    known = record.config.peft_format()
+    if record.config.exclude_modules and known is not None and known.lacks("exclude_modules"):
+        return record.paths
     if record.config.target_modules != ALL_LINEAR:
         return record.config.target_modules
     endings = {path.rpartition(".")[2] for path in record.paths}
@@ -148,7 +158,7 @@ def _without_absent_heads(config: AdapterConfig, model: nn.Module) -> AdapterCon
     return AdapterConfig(**{**config.to_dict(), "modules_to_save": present or None})
 
 
-def _start_of(config: AdapterConfig, path: str, weight: Tensor, site: Site | None = None) -> tuple[Start, int, float]:
+def _start_of(config: AdapterConfig, path: str, weight: Tensor, site: Site) -> tuple[Start, int, float]:
     """Names, shapes and constants that a config gives the layer at a path, on the meta device."""
     rank, alpha = methods.resolve(config.method, config.rank_of(path), config.alpha_of(path))
     return methods.init(config.method, weight.to("meta"), rank, alpha, site, **config.options), rank, alpha
@@ -157,8 +167,8 @@ def _start_of(config: AdapterConfig, path: str, weight: Tensor, site: Site | Non
 def _maker(files: AdapterFiles) -> Callable[..., LowRankLinear]:
     """How `inject_with` makes layers that are about to be loaded: zeros in the shapes of the method.
 
-    What the files lack is computed instead: frozen matrices of which they hold the hash, and the residual of
-    a start that PEFT wrote.
+    What the files lack is computed instead: frozen matrices of which they hold the hash, those that a method
+    does not save, and the residual of a start that PEFT wrote.
     """
     shared: dict[str, object] = {}
     made: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the meta tensor, which is kept alive beside
@@ -173,8 +183,9 @@ def _maker(files: AdapterFiles) -> Callable[..., LowRankLinear]:
     def make(linear: nn.Module, config: AdapterConfig, path: str, site: Site) -> LowRankLinear:
         weight = as_matrix(linear)
         start, rank, alpha = _start_of(config, path, weight, replace(site, shared=shared))
-        if files.hashes or (start.residual and not files.starts):
-            return LowRankLinear.from_linear(linear, config, path=path, site=site)
+        if files.hashes or start.unsaved or (start.residual and not files.starts):
+            with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+                return LowRankLinear.from_linear(linear, config, path=path, site=site)
         for group in (start.parameters, start.frozen):
             group.update({name: real(value, weight.device) for name, value in group.items()})
         return LowRankLinear(linear, config, start, rank=rank, alpha=alpha)
@@ -184,17 +195,39 @@ def _maker(files: AdapterFiles) -> Callable[..., LowRankLinear]:
 
 def _check_same_adapters(config: AdapterConfig, layers: dict[str, LowRankLinear]) -> None:
     """Whether a config describes the adapters that are there; keys and shapes are compared later."""
-    for path, layer in layers.items():
+    shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
+    site = Site(0, list(layers), shapes, [layer.rank for layer in layers.values()], {})
+    for i, (path, layer) in enumerate(layers.items()):
         if layer.merged:
             raise CheckpointError("the model's adapters are merged; call lowrank_fused.unmerge(model) first")
         if layer.method.name != config.method:
             raise CheckpointError(f"the files hold {config.method!r}, the model has {layer.method.name!r} at {path}")
-        start, rank, _ = _start_of(config, path, layer.matrix)
+        start, rank, _ = _start_of(config, path, layer.matrix, replace(site, index=i))
         constants = {name: getattr(layer, name, None) for name in start.constants}
         theirs = {"rank": rank, "residual": start.residual, **start.constants}
         ours = {"rank": layer.rank, "residual": layer.residual, **constants}
         if theirs != ours:
             raise CheckpointError(f"{path}: the files were written with {theirs}, the model's layer has {ours}")
+
+
+def _check_implied(files: AdapterFiles, tensors: dict[str, Tensor], layers: dict[str, LowRankLinear]) -> None:
+    """Take out of the files what follows from their config, if it is what follows here; otherwise CheckpointError."""
+    for path, layer in layers.items():
+        implied = getattr(layer.method, "implied", None)
+        if implied is None or files.tensors.keys() <= tensors.keys():
+            return
+        for name, ours in implied(layer, layer.matrix).items():
+            theirs = files.tensors.pop(f"{path}.{name}", None)
+            if theirs is None:
+                continue
+            # PEFT may have rounded a float to the dtype of its base weight, whatever it is written as.
+            rounding = torch.finfo(torch.bfloat16).eps if theirs.is_floating_point() else 0.0
+            ours = ours.to(theirs.device)
+            if theirs.shape != ours.shape or not torch.allclose(theirs.double(), ours.double(), rounding, 0.0):
+                raise CheckpointError(
+                    f"{files.folder}: {path}.{name} is not what its config gives here: it was written for "
+                    "another model, or with another version of the library that draws it"
+                )
 
 
 def _write(

@@ -43,8 +43,9 @@ __all__ = [
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 
-# A kernel that the compiler gave up on has some 16 instructions, the smallest real one several hundred.
-_INSTRUCTION_FLOOR = 150
+# A kernel that the compiler gave up on has some 16 instructions. The smallest real one has several hundred with a
+# product, 70 without.
+_INSTRUCTION_FLOOR, _FLOOR_WITHOUT_PRODUCT = 150, 40
 # Products of 16-bit operands by mma.sync, wgmma, tcgen05; the last that a binary has is the one that it is built on.
 _TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA")
 _MNEMONIC = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
@@ -134,7 +135,7 @@ def violations(report: CodeReport) -> list[str]:
         return [f"does not compile: {report.failure}"]
     allowed = limits(report.arch)
     found = []
-    if report.instructions < _INSTRUCTION_FLOOR:
+    if report.instructions < (_INSTRUCTION_FLOOR if report.products else _FLOOR_WITHOUT_PRODUCT):
         found.append(f"empty: {report.instructions} instructions")
     if report.stack_bytes or report.local_accesses:
         found.append(f"spills: {report.stack_bytes} bytes of stack, {report.local_accesses} accesses")
@@ -182,6 +183,8 @@ def _flags_of(launch: Launch) -> str:
             flags.append(f"no {name}")
         elif isinstance(value, Tensor) and _DTYPES.get(value.dtype, main) != main:
             flags.append(f"{name} {_DTYPES[value.dtype]}")
+        elif name == "index":
+            flags.append(f"{name} {str(value.dtype).removeprefix('torch.')}")
         elif param.is_constexpr and not name.startswith("BLOCK"):
             flags.append(f"{name.lower()} {value}")
         elif name in ("N", "K", "R") and value % 16:

@@ -147,7 +147,7 @@ class AdapterConfig:
         rank, alpha = methods.resolve(self.method, self.r, self.lora_alpha)
         chosen = {**known_options, **self.options}
         numbers = [v for v in chosen.values() if isinstance(v, int) and not isinstance(v, bool) and v > 0]
-        size = math.lcm(rank, *numbers)
+        size = _common_multiple(rank, numbers)
         methods.init(self.method, torch.empty(size, size, device="meta"), rank, alpha, **self.options)
 
     @staticmethod
@@ -166,6 +166,17 @@ class AdapterConfig:
         """The alpha of the layer at this path; None is the method's default."""
         return _first_match(self.alpha_pattern, path, self.lora_alpha)
 
+    def peft_format(self) -> PeftFormat | None:
+        """How PEFT writes this adapter; None where it lacks the method, an option's value or a field in use."""
+        known = methods.peft_format(self.method, self.options)
+        in_use = {
+            "rank_pattern": bool(self.rank_pattern),
+            "alpha_pattern": bool(self.alpha_pattern),
+            "bias": self.bias != "none",
+            "lora_alpha": methods.resolve(self.method, self.r, self.lora_alpha) != methods.resolve(self.method, self.r),
+        }
+        return None if known is None or any(known.lacks(name) for name, used in in_use.items() if used) else known
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, options beside the fields: `AdapterConfig(**values)` gives it back."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "options"}
@@ -179,17 +190,17 @@ class AdapterConfig:
         `peft_type` that PEFT refuses.
         """
         rank, alpha = methods.resolve(self.method, self.r, self.lora_alpha)
-        known = methods.peft_format(self.method, self.options)
+        known = self.peft_format()
         plain = {**self.to_dict(), **methods.options(self.method), **self.options}
         del plain["method"], plain["autocast_adapter_dtype"]
         plain |= {
             "r": rank,
-            "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
             "target_modules": target_modules if isinstance(target_modules, str) else sorted(target_modules),
             "inference_mode": True,
         }
-        if known is None:
+        if known is None:  # an alpha that was not given stays so: it may be the rank of each layer
             return {**plain, "peft_type": _OURS + self.method.upper(), "library": "lowrank_fused"}
+        plain |= {"lora_alpha": int(alpha) if alpha.is_integer() else alpha, "fan_in_fan_out": fan_in_fan_out}
         for name in known.requires:
             del plain[name]
         for name, values in known.written.items():
@@ -198,7 +209,7 @@ class AdapterConfig:
             value = plain.pop(name)
             if theirs is not None:
                 plain[theirs] = value
-        return {**plain, **known.fixed, "peft_type": known.peft_type, "fan_in_fan_out": fan_in_fan_out}
+        return {**plain, **known.fixed, "peft_type": known.peft_type}
 
     @classmethod
     def from_peft_dict(cls, values: Mapping[str, Any]) -> AdapterConfig:
@@ -216,7 +227,7 @@ class AdapterConfig:
         for name, value in values.items():
             our = theirs.get(name, name if name in ours else None)
             if our is not None:
-                kept[our] = known.read.get(our, {}).get(value, value) if isinstance(value, str) else value
+                kept[our] = known.read.get(our, {}).get(value, value) if isinstance(value, (str, int)) else value
             elif name not in (*_WITHOUT_EFFECT, *known.ignored, *known.fixed) and value:
                 raise UnsupportedError(
                     f"adapter_config.json asks for {name}={value!r}, which lowrank_fused does not have"
@@ -237,6 +248,18 @@ def _method_of(values: Mapping[str, Any]) -> tuple[str, PeftFormat]:
             return method, known
     methods.get(peft_type.lower())
     raise UnsupportedError(f"adapter_config.json describes a kind of {peft_type} that lowrank_fused does not have")
+
+
+def _common_multiple(rank: int, numbers: Iterable[int]) -> int:
+    """The least one, of the smallest numbers as long as a matrix of that size has a countable number of bytes.
+
+    Numbers that have to divide a dimension are small; large ones are seeds and steps.
+    """
+    size = rank
+    for number in sorted(numbers):
+        multiple = math.lcm(size, number)
+        size = multiple if multiple < 2**30 else size
+    return size
 
 
 def _is_all_linear(value: Any) -> bool:

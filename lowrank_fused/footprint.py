@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from . import methods
 from .benchmark import kept_bytes
 from .config import AdapterConfig
-from .inject import inject
+from .inject import inject, injection_of, remove
 from .layers import LowRankLinear
 from .model_shapes import build, target_modules
 from .parameters import trainable_parameters
@@ -83,11 +84,21 @@ def count_in_model(
     `targets` as in `model_shapes.target_modules`; `rank` None is the method's default. Raises ValueError or
     TypeError for an unknown model, method, target or option.
     """
-    built = build(model)
+    built = _built(model)
     chosen, _ = methods.resolve(method, rank)
     config = AdapterConfig(method=method, r=chosen, target_modules=target_modules(built, targets), **options)
-    report = trainable_parameters(inject(built, config))
+    try:
+        report = trainable_parameters(inject(built, config))
+    finally:
+        if injection_of(built) is not None:
+            remove(built)
     return ModelCount(method, model, targets, chosen, report.rows[0].layers, report.trainable, report.base)
+
+
+@cache
+def _built(model: str) -> nn.Module:
+    """The model on the meta device: seconds to build, nothing to keep."""
+    return build(model)
 
 
 def method_facts(name: str) -> MethodFacts:

@@ -112,7 +112,8 @@ class Generated:
     def __call__(self, *sources: Tensor) -> tuple[Tensor, ...]:
         """The values, with gradients flowing to those sources that require them."""
         if _must_not_remember(sources):
-            return self.function(*sources)
+            with torch.autocast(sources[0].device.type, enabled=False):
+                return self.function(*sources)
         _Steps.watch()
         key = tuple((s._version, s.data_ptr(), s.requires_grad, s.dtype) for s in sources) + (_Steps.taken,)
         same = len(sources) == len(self._sources) and all(a is b for a, b in zip(sources, self._sources, strict=True))
@@ -122,6 +123,10 @@ class Generated:
             self._evaluate(sources)
             self._sources, self._key = sources, key
         return self._values
+
+    def remembers(self, *sources: Tensor) -> bool:
+        """Whether a call keeps its values; a method may have something cheaper to do where it does not."""
+        return not _must_not_remember(sources)
 
     def _evaluate(self, sources: tuple[Tensor, ...]) -> None:
         """Outside of whatever mode, autocast or checkpoint the caller is in: the values outlive it."""

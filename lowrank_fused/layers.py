@@ -17,6 +17,7 @@ from .generated import Generated
 from .linear import lowrank_linear
 from .merging import merged_weight
 from .methods import Site, Start
+from .terms import Terms
 
 __all__ = ["LowRankLinear"]
 
@@ -127,6 +128,7 @@ class LowRankLinear(nn.Module):
         sixteen_bit = self.weight.dtype in (torch.float16, torch.bfloat16)
         dtype = torch.float32 if sixteen_bit and autocast_adapter_dtype else self.weight.dtype
         self.trained_names, self.frozen_names = tuple(start.parameters), tuple(start.frozen)
+        self.saved_names = tuple(n for n in (*self.trained_names, *self.frozen_names) if n not in start.unsaved)
         self.constants = dict(start.constants)
         tensors = {name: _leaf(value, dtype, True) for name, value in start.parameters.items()}
         # Frozen vectors have the trained tensors' dtype, so that a difference to a start is exactly zero.
@@ -182,7 +184,7 @@ class LowRankLinear(nn.Module):
         """x [..., in] -> y [..., out]; the plain linear layer when merged or disabled."""
         if self.merged or not (self.enabled or self.residual):
             return F.linear(x, self.matrix, self.bias)
-        terms = self.method.terms(self if self.enabled else self._at_start(self.matrix), self.matrix, x)
+        terms = self.method.terms(self, self.matrix, x) if self.enabled else self._taken_out(self.matrix, x)
         return lowrank_linear(
             x,
             self.matrix,
@@ -205,11 +207,16 @@ class LowRankLinear(nn.Module):
             start.generated = self.method.generate(start, weight)  # type: ignore[attr-defined]
         return start
 
+    def _taken_out(self, weight: Tensor, x: Tensor) -> Terms:
+        """The low-rank part that a residual layer's weight lacks."""
+        terms = getattr(self.method, "taken_out", self.method.terms)
+        return terms(self._at_start(weight), weight, x)
+
     @torch.no_grad()
     def rebase(self) -> None:
         """Set the weight of a residual layer to W minus the low-rank part at the start."""
         original = as_matrix(self._replaced[0]).detach().to(self.weight.device)
-        terms = self.method.terms(self._at_start(original), original, original.new_zeros(0, self.in_features))
+        terms = self._taken_out(original, original.new_zeros(0, self.in_features))
         residual = merged_weight(original, replace(terms, scale=-terms.scale))
         _check_finite(residual, "the residual weight of the starting values")
         self.matrix.copy_(residual)
@@ -226,6 +233,9 @@ class LowRankLinear(nn.Module):
             return
         if self.tied_to:
             raise UnsupportedError(f"the weight is tied to {self.tied_to}, which merging would change; untie it first")
+        why_not = getattr(self.method, "why_not_mergeable", None)
+        if why_not is not None and (reason := why_not(self)):
+            raise UnsupportedError(reason)
         terms = self.method.terms(self, self.matrix, self.weight.new_zeros(0, self.in_features))
         merged = merged_weight(self.matrix, terms)
         _check_finite(merged, "the merged weight")
@@ -238,6 +248,10 @@ class LowRankLinear(nn.Module):
         if self._unmerged is not None:
             self.weight.copy_(self._unmerged)
             self._unmerged = None
+
+    def forget_unmerged(self) -> None:
+        """Take the merged weight for the layer's own: nothing can undo the merge, and the adapter acts again."""
+        self._unmerged = None
 
     def keep_merged(self) -> nn.Module:
         """The linear layer with the merged weight for good: the adapter is lost, nothing can undo it."""

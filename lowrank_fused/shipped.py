@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from lowrank_fused.kernels.gather import Permutation, gather, scatter_add, segment_sum
 from lowrank_fused.kernels.launch import Launch, record, targeting
+from lowrank_fused.kernels.weight_factor import ACTIVATIONS, weight_factor, weight_factor_grad
 
 from .routes.fused import SPLIT, THIN
 from .routes.problem import Options, Route
@@ -88,10 +90,81 @@ def _cases() -> Iterator[_Case]:
     yield _Case(bias=False)
 
 
+@dataclass(frozen=True)
+class _GatherCase:
+    """Factors made from one vector: d entries for D elements, by a stored index or a permutation."""
+
+    total: int = 2**20
+    length: int = 2**16
+    stored: bool = True
+    dtype: torch.dtype = torch.float32
+
+    def launch(self) -> None:
+        """Gather, and both ways of summing back, on the meta device."""
+        make = partial(torch.empty, device="meta")
+        theta, grad = make(self.length), make(self.total, dtype=self.dtype)
+        permutation = Permutation(self.total, 1025, 1025, 2**30 + 1, -(2**30) + 1)
+        table = make(self.total, dtype=torch.uint16 if self.length <= 65536 else torch.int32)
+        positions = (make(self.total, dtype=torch.int32), make(self.length + 1, dtype=torch.int32))
+        gather(theta, table if self.stored else permutation, dtype=self.dtype)
+        scatter_add(grad, table if self.stored else permutation, self.length)
+        segment_sum(grad, positions if self.stored else permutation, theta)
+
+
+def _gather_cases() -> Iterator[_GatherCase]:
+    """Every tile of the segmented sum, and every kind of index, dtype and alignment."""
+    for stored in (True, False):
+        for elements in range(2, 11):
+            yield _GatherCase(length=2 ** (20 - elements), stored=stored)
+        yield _GatherCase(2**20 + 5, 2**18, stored)
+        yield _GatherCase(2**20 + 5, 2**14 + 3, stored)
+        yield _GatherCase(stored=stored, dtype=torch.bfloat16)
+        yield _GatherCase(stored=stored, dtype=torch.float16)
+
+
+@dataclass(frozen=True)
+class _WeightFactorCase:
+    """A factor act(A W) and its gradient; `rows` for products over the rows of a Linear's weight."""
+
+    n: int = 4096
+    k: int = 14336
+    r: int = 32
+    activation: str = "relu"
+    dtype: torch.dtype = torch.bfloat16
+    adapter: torch.dtype = torch.float32
+    rows: bool = False
+
+    def launch(self) -> None:
+        """Forward and backward, on the meta device."""
+        make = partial(torch.empty, device="meta")
+        w = make(self.k, self.n, dtype=self.dtype).t() if self.rows else make(self.n, self.k, dtype=self.dtype)
+        h, slope = weight_factor(make(self.r, self.n, dtype=self.adapter), w, activation=self.activation)
+        weight_factor_grad(torch.empty_like(h), slope if slope.numel() else h, w, activation=self.activation)
+
+
+def _weight_factor_cases() -> Iterator[_WeightFactorCase]:
+    """Every tile in both layouts, with one chunk of rows and several; every activation, dtype and alignment."""
+    for rows in (False, True):
+        for r in (8, 32, 64, 128):
+            yield _WeightFactorCase(r=r, rows=rows)
+            yield _WeightFactorCase(4100, 4100, r=r, rows=rows)
+        yield _WeightFactorCase(4096, 131072, rows=rows)
+        yield _WeightFactorCase(131072, 4096, rows=rows, activation="sin")
+        yield _WeightFactorCase(adapter=torch.bfloat16, rows=rows)
+    for activation in ACTIVATIONS:
+        yield _WeightFactorCase(activation=activation)
+        yield _WeightFactorCase(activation=activation, r=128)
+    yield _WeightFactorCase(adapter=torch.float16, dtype=torch.float16, activation="gelu")
+    yield _WeightFactorCase(dtype=torch.float16)
+    yield _WeightFactorCase(dtype=torch.float32, r=8)
+    yield _WeightFactorCase(dtype=torch.float32, r=64, activation="gelu", rows=True)
+
+
 def shipped_launches(arch: int) -> list[Launch]:
     """One launch for every binary that the kernel routes can ask for on `arch`, in a fixed order."""
     launches: dict[Any, Launch] = {}
-    for case in _cases():
+    cases: tuple[_Case | _GatherCase | _WeightFactorCase, ...] = (*_cases(), *_gather_cases(), *_weight_factor_cases())
+    for case in cases:
         with targeting(arch), record() as log:
             case.launch()
         for launch in log:

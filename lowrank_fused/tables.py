@@ -12,7 +12,7 @@ from .benchmark import Case, Row
 from .doctor import Diagnosis
 from .footprint import MethodFacts, ModelCount
 
-__all__ = ["show_counts", "show_diagnosis", "show_methods", "show_rows"]
+__all__ = ["markdown_table", "show_counts", "show_diagnosis", "show_methods", "show_rows"]
 
 _GPU_UNITS = {
     "memory_gib": "GiB",
@@ -131,3 +131,9 @@ def show_rows(case: Case, rows: Sequence[Row], console: Console) -> None:
 
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are aligned to the right."""
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -12,7 +12,8 @@ from rich.console import Console
 pytest.importorskip("peft")
 
 from bench import cpu, layers
-from bench.goals import Goal, as_dicts, markdown_table, missed
+from bench.goals import Goal, as_dicts, missed
+from lowrank_fused.tables import markdown_table
 from lowrank_fused.benchmark import Case, Row, check
 
 TINY = cpu.Setting(

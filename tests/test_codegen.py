@@ -56,7 +56,8 @@ def test_every_binary_may_ship(arch, rows_of):
         pytest.skip("tiles are chosen with the compiler of triton 3.7; older ones spill a few bytes in one of them")
     rows = rows_of(arch)
     kernels = {row["kernel"].removesuffix("_tma") for row in rows}
-    assert kernels == {"shrink", "expand", "lowrank_forward", "dy_factors", "x_factors", "grad_input"}
+    products = {"shrink", "expand", "lowrank_forward", "dy_factors", "x_factors", "grad_input"}
+    assert kernels == products | {"gather", "scatter_add", "segment_sum", "weight_factor"}
     wrong = [
         f"{row['kernel']} {row['tile']} {row['dtype']} ({row['flags']}): {'; '.join(row['violations'])}"
         for row in rows
@@ -128,6 +129,9 @@ def test_violations_are_recognised():
     scalar = replace(good, tile=replace(tile, use_tma=False), tensor_core="", tensor_core_count=0, tma_loads=0)
     assert violations(scalar) == ["products are not on tensor cores"]
     assert violations(replace(scalar, dtype="fp32")) == []
+    assert violations(replace(scalar, dtype="fp32", instructions=70)) == ["empty: 70 instructions"]
+    assert violations(replace(scalar, dtype="fp32", instructions=70, products=0)) == []
+    assert violations(replace(scalar, dtype="fp32", instructions=16, products=0)) == ["empty: 16 instructions"]
 
 
 def test_says_why_it_cannot_compile(monkeypatch, capsys):

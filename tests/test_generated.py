@@ -161,10 +161,12 @@ def test_values_first_needed_without_gradients_serve_training(mode, theta):
     torch.testing.assert_close(theta.grad, expected_gradient(theta))
 
 
-def test_autocast_does_not_round_what_is_remembered(theta):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_does_not_round_what_is_generated(compiled, theta):
     generated = Generated(lambda t: (t[:, None] @ t[None, :],))
+    call = torch.compile(generated, fullgraph=True, backend="aot_eager") if compiled else generated
     with torch.autocast("cpu", torch.bfloat16):
-        (value,) = generated(theta)
+        (value,) = call(theta)
     assert value.dtype == torch.float32
 
 

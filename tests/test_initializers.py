@@ -67,6 +67,63 @@ def test_init_a_and_init_b_leave_the_partner_without_a_gradient():
         assert getattr(layer, moving).grad.abs().max() > 0
 
 
+def test_orthogonal_factors_cancel_with_both_there():
+    torch.manual_seed(0)
+    a, b = initializers.get("orthogonal").function(torch.empty(300, 400, dtype=torch.float64), 32, 1.0)
+    assert (b @ a).abs().max() < 1e-12
+    for factor in (a, b):
+        assert torch.linalg.matrix_rank(factor) == 16
+        # Rows of an orthogonal matrix are as long as the 16 normal numbers that they are summed with are many: 1/2.
+        assert abs(factor.var() * 200 - 1) < 0.05
+    layer = lf.LowRankLinear.from_linear(nn.Linear(12, 10), rank=4, init_lora_weights="orthogonal")
+    layer(torch.randn(5, 12)).square().sum().backward()
+    assert layer.lora_A.grad.abs().max() > 0 and layer.lora_B.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="needs an even rank, got 3"):
+        lf.AdapterConfig(r=3, init_lora_weights="orthogonal")
+
+
+def test_orthogonal_draws_from_the_same_distribution_as_peft():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=64, init_lora_weights="orthogonal", target_modules=["0"])
+    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(500, 400)), config).base_model.model[0]
+    factors = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
+    for ours, right in zip(
+        initializers.get("orthogonal").function(torch.empty(400, 500), 64, 1.0), factors, strict=True
+    ):
+        assert abs(ours.std() / right.std() - 1) < 0.05
+        spectra = torch.linalg.svdvals(ours)[:32], torch.linalg.svdvals(right)[:32]
+        torch.testing.assert_close(*spectra, rtol=0.1, atol=0)
+
+
+def test_nystrom_sketches_the_column_space_of_w():
+    torch.manual_seed(0)
+    weight = torch.randn(30, 6, dtype=torch.float64) @ torch.randn(6, 50, dtype=torch.float64)
+    a, b = initializers.get("nystrom").function(weight, 4, 1.0)
+    basis = torch.linalg.qr(weight[:, :6]).Q
+    assert not a.any() and torch.linalg.matrix_rank(b) == 4
+    torch.testing.assert_close(basis @ (basis.T @ b), b)
+    draws = [initializers.get("nystrom").function(weight, 4, 1.0)[1] for _ in range(4000)]
+    assert relative(sum(b @ b.T for b in draws) / 4000 - weight @ weight.T, weight @ weight.T) < 0.05
+    layer = lf.LowRankLinear.from_linear(nn.Linear(12, 10), rank=4, init_lora_weights="nystrom")
+    layer(torch.randn(5, 12)).square().sum().backward()
+    assert not layer.lora_B.grad.any() and layer.lora_A.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", [*initializers.registry(), True, False], ids=str)
+def test_peft_loads_an_adapter_of_every_start(name, tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(14, 10))
+
+    model = lf.inject(network(), rank=4, alpha=8, init_lora_weights=name, target_modules=["0"])
+    lf.save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(network(), tmp_path)
+    x = torch.randn(5, 14)
+    torch.testing.assert_close(model(x), theirs(x))
+
+
 @pytest.mark.parametrize("scale", [0.25, 1.0, 2.0])
 def test_pissa_takes_the_best_low_rank_part(scale):
     torch.manual_seed(0)

@@ -318,25 +318,3 @@ def test_a_name_that_the_layer_uses_is_refused():
         assert linear.weight.requires_grad
     finally:
         del methods._METHODS._things["clashing"]
-
-
-@pytest.mark.parametrize("method", methods.registry())
-def test_compiles_into_one_graph_and_recomputes_under_checkpointing(method):
-    _, layer = make(method, dropout=0.0)
-    x = torch.randn(M, K, requires_grad=True)
-    y = layer(x)
-    y.square().sum().backward()
-    grads = [x.grad, *(getattr(layer, name).grad for name in layer.trained_names)]
-    for run in (
-        torch.compile(layer, fullgraph=True, backend="aot_eager"),
-        lambda t: torch.utils.checkpoint.checkpoint(layer, t, use_reentrant=False),
-    ):
-        fresh = x.detach().clone().requires_grad_()
-        layer.zero_grad()
-        out = run(fresh)
-        out.square().sum().backward()
-        torch.testing.assert_close(out, y)
-        for ours, right in zip(
-            [fresh.grad, *(getattr(layer, n).grad for n in layer.trained_names)], grads, strict=True
-        ):
-            torch.testing.assert_close(ours, right)

@@ -92,7 +92,9 @@ def test_every_method_trains(method):
     model = llama()
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
-    lf.inject(model, lf.AdapterConfig(method=method, r=16, alpha=16, dropout=0.05, target_modules="all-linear"))
+    options = {"vblora": {"vector_length": 16}}.get(method, {})  # one that divides this model's sizes
+    config = lf.AdapterConfig(method=method, r=16, alpha=16, dropout=0.05, target_modules="all-linear", **options)
+    lf.inject(model, config)
     batch = next(batches("llama"))
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)

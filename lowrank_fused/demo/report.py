@@ -16,7 +16,7 @@ from .model import OURS, PEFT, RANK
 if TYPE_CHECKING:
     from .comparison import Result, Section, Settings
 
-__all__ = ["introduction", "show", "table", "write"]
+__all__ = ["figure_with", "introduction", "show", "table", "write"]
 
 COLOURS = {PEFT: "#8a8f98", OURS: "#d1495b"}
 ROUTE_IN_WORDS = {
@@ -125,8 +125,8 @@ def write(result: Result, console: Console) -> None:
     console.print(f"wrote {', '.join(str(path) for path in paths)}", highlight=False, soft_wrap=True)
 
 
-def _figure(rows: int, columns: int, **options: Any) -> Any:
-    # Drawn into a file without a display, and without touching what pyplot is set to in the caller's process.
+def figure_with(rows: int, columns: int, **options: Any) -> Any:
+    """A figure and its panels, drawn into a file: no display, and the caller's pyplot is left alone."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -143,7 +143,7 @@ def _plot_losses(result: Result, path: Path) -> None:
     plain = result.sections[0]
     theirs, ours = plain.courses[PEFT].losses, plain.courses[OURS].losses
     steps = range(1, len(ours) + 1)
-    figure, (upper, lower) = _figure(2, 1, sharex=True, height_ratios=(3, 1))
+    figure, (upper, lower) = figure_with(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot(steps, theirs, color=COLOURS[PEFT], linewidth=4, label=PEFT)
     upper.plot(steps, ours, color=COLOURS[OURS], linewidth=1.5, label=OURS)
     upper.set_ylabel("training loss")
@@ -158,7 +158,7 @@ def _plot_losses(result: Result, path: Path) -> None:
 
 def _plot_times(result: Result, path: Path) -> None:
     """Every timed step as a dot, over the size of its batch; a panel for each training."""
-    figure, panels = _figure(1, len(result.sections), sharey=True)
+    figure, panels = figure_with(1, len(result.sections), sharey=True)
     for axes, section in zip(panels, result.sections, strict=True):
         tokens = section.timed(section.tokens)
         for name in (PEFT, OURS):

@@ -8,15 +8,13 @@ usual choice.
 from __future__ import annotations
 
 import math
-from functools import partial
 
-import torch
 from torch import Tensor
 from torch.nn.init import kaiming_uniform_, normal_
 
 from . import compute_dtype, initializer
 
-__all__ = ["gaussian", "init_a", "init_b", "kaiming", "orthogonal", "random"]
+__all__ = ["gaussian", "init_a", "init_b", "kaiming", "random"]
 
 
 def _zeros(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -57,19 +55,3 @@ def random(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """Both factors uniform in ±1/√fan_in: what PEFT means by False. Does not start as the base layer."""
     a, b = _zeros(weight, rank)
     return kaiming_uniform_(a, a=math.sqrt(5)), kaiming_uniform_(b, a=math.sqrt(5))
-
-
-@initializer("orthogonal")
-def orthogonal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A and B from complementary halves of one random orthogonal basis, so that B A = 0 with both non-zero.
-
-    With Q orthogonal [r, r]: A = (X Q_odd)ᵀ / 10 and B = Y Q_even / 10, X and Y standard normal. The rank
-    must be even.
-    """
-    if rank % 2:
-        raise ValueError(f"init_lora_weights='orthogonal' needs an even rank, got {rank}")
-    draw = partial(torch.randn, dtype=compute_dtype(weight), device=weight.device)
-    basis, _ = torch.linalg.qr(draw(rank, rank))
-    a = (draw(weight.shape[1], rank // 2) @ basis[0::2]).t() / 10
-    b = draw(weight.shape[0], rank // 2) @ basis[1::2] / 10
-    return a.contiguous(), b

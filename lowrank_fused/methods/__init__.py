@@ -11,7 +11,8 @@ functions.
     terms(p, weight, x) -> Terms
         The low-rank part. `p` carries Start's tensors and constants as attributes; whatever is computed here
         from small tensors is differentiated by autograd. `x` is there for gates; merging passes an x of zero
-        tokens.
+        tokens. What is drawn at random comes from torch's generator, which checkpointing replays, and only while
+        `p.training`.
     reference(x, weight, bias, p) -> y
         The paper's formula in plain PyTorch. It shares no line with `terms`, because it is the witness
         against it.
@@ -24,12 +25,18 @@ Further parts, where a method has them:
         `p.generated`.
     keeps = ("x", "s")
         What backward keeps of every token: x (K elements), s (Ra), gate (E), y (N). The default is x and s.
+    taken_out(p, weight, x) -> Terms
+        What a residual start takes out of W, where that is not what `terms` gives at the start.
+    why_not_mergeable(p) -> str | None
+        Why no one weight stands for the layer; None if one does.
     variants = ({"form": "residual"}, ...)
         Option values under which the method is tested too, beyond each yes-or-no option turned.
     small = {"vector_length": 4}
         Options that make it fit layers of a few dozen features, where the defaults are too large for these.
     differs_at_start = "why", or a function of the options that returns this or None
         For a method that does not start as the base layer.
+    implied(p, weight) -> {name: tensor}
+        What a file may hold of a layer although it follows from the config: compared when it is read, never kept.
     peft = PeftFormat(...)
         How PEFT writes the method's adapters, which are then read and written so.
 
@@ -97,12 +104,16 @@ class Start:
     on disk. `constants` are numbers, or objects that compare by value; one with a `generated` attribute
     (`Generated`) holds factors for several layers. With `residual` the layer takes W minus the low-rank part
     at the start as its base weight, so that it starts as the original layer whatever the factors are.
+    `unsaved` names frozen tensors that follow from the options and the site, a seed's projection say: they are
+    not written to disk, and loading calls `init` for them. What they follow from is among the constants, in
+    which a file and a model that it is loaded into must agree.
     """
 
     parameters: dict[str, Tensor]
     frozen: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
     residual: bool = False
+    unsaved: tuple[str, ...] = ()
 
 
 class Method(Protocol):

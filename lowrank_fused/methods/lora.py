@@ -32,7 +32,7 @@ class Lora:
     peft = PeftFormat(
         "LORA",
         fixed={"use_dora": False},
-        written={"init_lora_weights": dict.fromkeys(("kaiming", "init_a", "init_b", "random"), True)},
+        written={"init_lora_weights": dict.fromkeys(("kaiming", "init_a", "init_b", "nystrom", "random"), True)},
         read={"init_lora_weights": {"eva": True}},
         keys={"lora_A": "{path}.lora_A.weight", "lora_B": "{path}.lora_B.weight"},
     )

@@ -1,0 +1,85 @@
+"""Work, counted on the library route: what a method costs beyond the frozen layer, and beyond plain LoRA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_fused as lf
+from bench.published import PUBLISHED
+from bench.work import Work, count_work
+
+TOKENS, SIZE = 2048, 1024
+
+
+def leaves(layer: lf.LowRankLinear, x: torch.Tensor) -> list[torch.Tensor]:
+    return [x, *(getattr(layer, name) for name in layer.trained_names)]
+
+
+def work(method: str, rank: int, published: bool = False, **options) -> Work:
+    torch.manual_seed(0)
+    layer = lf.LowRankLinear.from_linear(nn.Linear(SIZE, SIZE, bias=False), method=method, rank=rank, **options)
+    x = torch.randn(TOKENS, SIZE, requires_grad=True)
+    forward = PUBLISHED[method](layer) if published else layer
+    return count_work(forward, x, leaves(layer, x), torch.randn(TOKENS, SIZE))
+
+
+@pytest.fixture(scope="module")
+def frozen() -> Work:
+    x = torch.randn(TOKENS, SIZE, requires_grad=True)
+    linear = nn.Linear(SIZE, SIZE, bias=False).requires_grad_(False)
+    return count_work(linear, x, [x], torch.randn(TOKENS, SIZE))
+
+
+def relative(found: Work, frozen: Work) -> tuple[float, float]:
+    return found.forward_flops / frozen.forward_flops, found.backward_flops / frozen.backward_flops
+
+
+def test_the_counter_sees_what_arithmetic_says(frozen):
+    assert frozen == Work(1, 1, 2 * TOKENS * SIZE * SIZE, 2 * TOKENS * SIZE * SIZE)
+    found = work("lora", 16)
+    skinny = 2 * TOKENS * 16 * SIZE
+    assert found.forward_flops == frozen.forward_flops + 2 * skinny
+    assert found.backward_flops == frozen.backward_flops + 4 * skinny
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("unilora", {"theta_d_length": 4096}), ("collaborative", {}), ("collaborative", {"num_A": 4, "num_B": 10})],
+    ids=str,
+)
+def test_gathered_and_summed_factors_cost_what_lora_costs(method, options):
+    """What is computed once per step (the gather, the sums) aside, which count_work computes beforehand."""
+    plain, found = work("lora", 8), work(method, 8, **options)
+    assert found.forward_operators == plain.forward_operators
+    assert (found.forward_flops, found.backward_flops) == (plain.forward_flops, plain.backward_flops)
+
+
+def test_neat_forms_no_update(frozen):
+    forward, backward = relative(work("peanut", 32), frozen)
+    assert 1.05 < forward <= 1.10 and 1.10 < backward <= 1.20
+
+
+def test_loldu_forms_no_dense_gradient(frozen):
+    assert relative(work("loldu", 64), frozen)[1] <= 1.13
+    assert relative(work("loldu", 64, published=True), frozen)[1] == pytest.approx(2.03, abs=0.01)
+
+
+@pytest.mark.parametrize("rank", [64, 256, 1024])
+def test_loldu_takes_the_cheaper_of_two_products_and_a_formed_weight(rank, frozen):
+    """Two skinny products each way, or the weight formed each way beside the product that the gradient of z needs."""
+    two_products = 1 + 2 * rank / SIZE
+    formed = 1 + rank / SIZE + rank / TOKENS
+    assert relative(work("loldu", rank), frozen) == pytest.approx((min(two_products, formed),) * 2)
+
+
+@pytest.mark.parametrize("strategy", ["full", "random", "random_reversed", "heuristic", "heuristic_code"])
+def test_collaborative_pairs_cost_no_launch_each(strategy):
+    assert work("collaborative", 8, num_A=4, num_B=10, strategy=strategy).forward_operators <= 10
+
+
+def test_published_pairs_cost_what_is_said_of_them(frozen):
+    found = work("collaborative", 8, published=True, num_A=4, num_B=10)
+    assert found.forward_operators == 161
+    assert relative(found, frozen) == pytest.approx((1.625, 2.25))
