@@ -164,15 +164,15 @@ def choose_tile(N: int, K: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
         return Tile(block_n=16, block_k=64, block_r=block_r, num_warps=4, num_stages=3, max_registers=255)
     # Rows that are not aligned are read element by element, and each of these takes a register; so does each element of
     # the sum, unless wgmma or tensor memory makes it.
-    narrow = N % 16 or K % 16 or (block_r == 128 and arch not in (90, 100))
-    block_n, block_k = 32, 64 if narrow else 128
+    aligned = N % 16 == 0 and K % 16 == 0
+    block_n, block_k = 32, 128 if aligned and (block_r < 128 or arch in (90, 100)) else 64
     # Room for W, and for f and its slope in fp32; twice on a multiprocessor where the accumulator leaves it.
     stage, programs = block_n * (2 * block_k + 8 * block_r), 1 if block_r == 128 else 2
     return Tile(
         block_n=block_n,
         block_k=block_k,
         block_r=block_r,
-        num_warps=8 if block_r == 128 else 4,
+        num_warps=8 if block_r == 128 or (block_r == 64 and not aligned) else 4,
         num_stages=max(2, min(6, shared_bytes(arch) // programs // stage)),
         max_registers=255,
     )
