@@ -15,7 +15,7 @@ import torch
 
 from lowrank_fused.benchmark import Case, clock_for, default_names, dtype_name, kept_bytes, providers_for
 from lowrank_fused.benchmark.measure import gate, layer_step
-from lowrank_fused.doctor import best_device
+from lowrank_fused.tools.doctor import best_device
 
 DEVICE = best_device()
 ON_GPU = DEVICE.type == "cuda"

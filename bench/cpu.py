@@ -37,8 +37,8 @@ from lowrank_fused.benchmark import (
     write_json,
 )
 from lowrank_fused.demo.model import RANK as DEMO_RANK
-from lowrank_fused.doctor import environment
-from lowrank_fused.tables import markdown_table
+from lowrank_fused.tools.doctor import environment
+from lowrank_fused.tools.tables import markdown_table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu"
 DTYPES = (torch.float32, torch.bfloat16)

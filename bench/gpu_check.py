@@ -27,7 +27,7 @@ from rich.table import Table
 from bench.gpu_stages import Setting, stages
 from bench.stages import ROOT, Stage, Store, run_stage
 from lowrank_fused.benchmark.record import commit
-from lowrank_fused.doctor import environment
+from lowrank_fused.tools.doctor import environment
 
 ALL_WELL, FAILED, NO_GPU, UNFINISHED = 0, 1, 3, 4
 NEW_PROCESS = 75  # a stage's own exit status when its device is unusable and it wants to go on afresh

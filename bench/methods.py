@@ -27,8 +27,8 @@ from bench.published import PUBLISHED
 from bench.work import Work, count_work
 from lowrank_fused import methods
 from lowrank_fused.benchmark import Spread, Step, clock_for, document, interleave, paired_ratio, write_json
-from lowrank_fused.doctor import environment
-from lowrank_fused.tables import markdown_table
+from lowrank_fused.tools.doctor import environment
+from lowrank_fused.tools.tables import markdown_table
 
 __all__ = ["CASES", "MethodCase", "Pair", "main", "run"]
 

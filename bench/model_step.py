@@ -15,7 +15,7 @@ from lowrank_fused.benchmark import Step
 from lowrank_fused.demo.data import Batch, model_folder
 from lowrank_fused.demo.model import OURS, PEFT, SentimentModel, adapted_pair, load_base
 from lowrank_fused.errors import UnsupportedError
-from lowrank_fused.model_shapes import build
+from lowrank_fused.tools.model_shapes import build
 
 __all__ = ["CausalCase", "TrainingStep", "causal_steps", "demo_steps"]
 

@@ -1,7 +1,7 @@
 """Factors gathered from one vector and their gradient summed back into it: P θ and Pᵀ g, P with one entry a row.
 
 Which entry belongs to which element comes from a stored index, or from a permutation π of [0, D) that is computed on
-the way, entry = π(element) mod d: the Feistel network of lowrank_fused/projection.py, bit for bit.
+the way, entry = π(element) mod d: the Feistel network of lowrank_fused/factors/projection.py, bit for bit.
 """
 
 from __future__ import annotations

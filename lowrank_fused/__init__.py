@@ -5,13 +5,13 @@ from __future__ import annotations
 from .checkpoint import load_adapter, save_adapter
 from .config import AdapterConfig
 from .errors import CheckpointError, LowRankFusedError, SingularPivotError, UnsupportedError
-from .eva import initialize_eva
 from .inject import disable, inject, merge, remove, unmerge
 from .layers import LowRankLinear
 from .linear import lowrank_linear, lowrank_linear_ref
 from .parameters import trainable_parameters
 from .terms import Gate, Terms
 from .training import hold_gradients, parameter_groups
+from .training.eva import initialize_eva
 
 __version__ = "0.1.0"
 

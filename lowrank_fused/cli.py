@@ -18,13 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import benchmark, methods
 from .benchmark import DTYPES, MODES, Case, Row
 from .demo.__main__ import main as demo
-from .doctor import best_device, diagnose, environment
 from .errors import LowRankFusedError, UnsupportedError
-from .footprint import count_in_model, method_facts
-from .model_shapes import MODELS, LinearShape, build, linear_shapes, target_modules
 from .registry import did_you_mean
 from .reproduce import REPRODUCTIONS
-from .tables import show_counts, show_diagnosis, show_methods, show_rows
+from .tools.doctor import best_device, diagnose, environment
+from .tools.footprint import count_in_model, method_facts
+from .tools.model_shapes import MODELS, LinearShape, build, linear_shapes, target_modules
+from .tools.tables import show_counts, show_diagnosis, show_methods, show_rows
 
 __all__ = ["app", "main"]
 

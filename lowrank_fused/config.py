@@ -173,6 +173,7 @@ class AdapterConfig:
             "rank_pattern": bool(self.rank_pattern),
             "alpha_pattern": bool(self.alpha_pattern),
             "bias": self.bias != "none",
+            "lora_dropout": self.lora_dropout > 0,
             "lora_alpha": methods.resolve(self.method, self.r, self.lora_alpha) != methods.resolve(self.method, self.r),
         }
         return None if known is None or any(known.lacks(name) for name, used in in_use.items() if used) else known

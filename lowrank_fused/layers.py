@@ -13,7 +13,7 @@ from . import methods
 from .adaptable import as_matrix, is_conv1d, parameters_of, why_not_adaptable
 from .config import AdapterConfig
 from .errors import UnsupportedError
-from .generated import Generated
+from .factors.generated import Generated
 from .linear import lowrank_linear
 from .merging import merged_weight
 from .methods import Site, Start

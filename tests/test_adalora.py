@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_fused as lf
-from lowrank_fused.adalora import BudgetSchedule, RankAllocator, orthogonality_penalty
-from lowrank_fused.tiny_models import logits, tiny_model
+from lowrank_fused.tools.tiny_models import logits, tiny_model
+from lowrank_fused.training.adalora import BudgetSchedule, RankAllocator, orthogonality_penalty
 
 SETTINGS = {"target_r": 2, "total_step": 14, "tinit": 2, "tfinal": 3, "deltaT": 2, "beta1": 0.7, "beta2": 0.9}
 

@@ -13,8 +13,8 @@ pytest.importorskip("peft")
 
 from bench import cpu, layers
 from bench.goals import Goal, as_dicts, missed
-from lowrank_fused.tables import markdown_table
 from lowrank_fused.benchmark import Case, Row, check
+from lowrank_fused.tools.tables import markdown_table
 
 TINY = cpu.Setting(
     shapes=((32, 48),),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lowrank_fused as lf
-from lowrank_fused.tiny_models import TINY_MODELS, logits, tiny_model
+from lowrank_fused.tools.tiny_models import TINY_MODELS, logits, tiny_model
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*", "ignore:.*pattern keys.*")

@@ -11,11 +11,12 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from lowrank_fused import benchmark, cli, doctor, methods
+from lowrank_fused import benchmark, cli, methods
 from lowrank_fused.benchmark import Provider
 from lowrank_fused.benchmark.providers import eager
-from lowrank_fused.model_shapes import MODELS
 from lowrank_fused.routes import ROUTES
+from lowrank_fused.tools import doctor
+from lowrank_fused.tools.model_shapes import MODELS
 
 COMMANDS = ("doctor", "methods", "bench", "demo")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

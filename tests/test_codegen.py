@@ -23,10 +23,10 @@ def triton_version() -> tuple[int, ...]:
 
 
 def run_codegen(arch: int, folder: Path) -> list[dict]:
-    """The rows that `python -m lowrank_fused.codegen` reports, from a process in which kernels are not interpreted."""
+    """The rows that `python -m lowrank_fused.tools.codegen` reports; that process interprets no kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     rows = folder / f"{arch}.json"
-    command = [sys.executable, "-m", "lowrank_fused.codegen", "--arch", str(arch), "--json", str(rows)]
+    command = [sys.executable, "-m", "lowrank_fused.tools.codegen", "--arch", str(arch), "--json", str(rows)]
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     if done.returncode == 3:
@@ -102,8 +102,8 @@ def test_every_tile_of_the_big_products_is_compiled(arch, rows_of):
 
 
 def test_violations_are_recognised():
-    from lowrank_fused.codegen import CodeReport, violations
     from lowrank_fused.kernels.launch import Tile
+    from lowrank_fused.tools.codegen import CodeReport, violations
 
     tile = Tile(128, 256, 64, num_warps=8, num_stages=3, use_tma=True)
     good = CodeReport(

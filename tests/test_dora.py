@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank_fused as lf
 from lowrank_fused.methods.dora import row_norm
-from lowrank_fused.tiny_models import logits, tiny_model
+from lowrank_fused.tools.tiny_models import logits, tiny_model
 
 N, K, R = 48, 40, 4
 

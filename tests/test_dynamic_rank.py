@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lowrank_fused as lf
-from lowrank_fused.dynamic_rank import RankPruner, importance, variance_penalty
+from lowrank_fused.training.dynamic_rank import RankPruner, importance, variance_penalty
 
 K, N, R = 24, 16, 5
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank_fused as lf
-from lowrank_fused.eva import counted_tokens
 from lowrank_fused.initializers.incremental_svd import IncrementalSVD, leading_directions
+from lowrank_fused.training.eva import counted_tokens
 
 IN = 40
 

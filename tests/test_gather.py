@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank_fused import gather_ops
-from lowrank_fused.projection import projection
+from lowrank_fused.factors import gather as gather_ops
+from lowrank_fused.factors.projection import projection
 from lowrank_fused.testing import assert_as_accurate_as_torch, integer_operand
 
 SIZES = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lowrank_fused.generated import Generated
+from lowrank_fused.factors.generated import Generated
 
 
 class Counted(torch.autograd.Function):

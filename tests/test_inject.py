@@ -12,7 +12,7 @@ from torch import nn
 
 import lowrank_fused as lf
 from lowrank_fused.target_modules import find_targets
-from lowrank_fused.tiny_models import TINY_MODELS, logits, tiny_model
+from lowrank_fused.tools.tiny_models import TINY_MODELS, logits, tiny_model
 
 each_model = pytest.mark.parametrize("kind", TINY_MODELS)
 each_method = pytest.mark.parametrize(

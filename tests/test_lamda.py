@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lowrank_fused as lf
-from lowrank_fused.lamda import ColumnFreezer
+from lowrank_fused.training.lamda import ColumnFreezer
 
 K, N, R = 24, 16, 5
 

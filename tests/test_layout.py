@@ -23,27 +23,14 @@ SOURCES = sorted(f for folder in ("kernels", PACKAGE, "bench", "tests") for f in
 # "modules": what users build adapters with. Tools are for people at a terminal and for tests; nothing else
 # leans on them.
 GROUPS = {
-    "ground": {"activations", "dropout", "errors", "generated", "peft_format", "registry", "target", "terms"},
+    "ground": {"dropout", "errors", "peft_format", "registry", "target", "terms"},
     "kernels": {"kernels"},
     "routes": {"routes"},
     "engine": {"linear", "ops"},
     "initializers": {"initializers"},
-    "methods": {"gather_ops", "methods", "projection", "weight_factor"},
-    "tools": {
-        "benchmark",
-        "cli",
-        "codegen",
-        "demo",
-        "doctor",
-        "flops",
-        "footprint",
-        "model_shapes",
-        "reproduce",
-        "shipped",
-        "tables",
-        "testing",
-        "tiny_models",
-    },
+    "factors": {"factors"},
+    "methods": {"methods"},
+    "tools": {"benchmark", "cli", "demo", "reproduce", "testing", "tools"},
 }
 ARROWS = {
     "ground": {"ground"},
@@ -51,12 +38,13 @@ ARROWS = {
     "routes": {"ground", "kernels", "routes"},
     "engine": {"ground", "routes", "engine"},
     "initializers": {"ground", "initializers"},
-    "methods": {"ground", "kernels", "engine", "initializers", "methods"},
-    "modules": {"ground", "engine", "initializers", "methods", "modules"},
+    "factors": {"ground", "kernels", "factors"},
+    "methods": {"ground", "engine", "initializers", "factors", "methods"},
+    "modules": {"ground", "engine", "initializers", "factors", "methods", "modules"},
 }
 THIRD_PARTY = {
     "kernels": {"torch", "triton"},
-    "methods": {"torch", "numpy"},
+    "factors": {"torch", "numpy"},
     "modules": {"torch", "safetensors"},
 }
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import lowrank_fused as lf
-from lowrank_fused.model_shapes import build
-from lowrank_fused.tiny_models import logits, tiny_model
+from lowrank_fused.tools.model_shapes import build
+from lowrank_fused.tools.tiny_models import logits, tiny_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

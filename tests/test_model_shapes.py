@@ -9,10 +9,10 @@ from torch import nn
 
 from lowrank_fused import AdapterConfig
 from lowrank_fused.adaptable import as_matrix, is_linear_like
-from lowrank_fused.footprint import count_in_model, kept_per_token, method_facts
 from lowrank_fused.methods import registry
-from lowrank_fused.model_shapes import MODELS, build, linear_shapes, target_modules
 from lowrank_fused.target_modules import find_targets
+from lowrank_fused.tools.footprint import count_in_model, kept_per_token, method_facts
+from lowrank_fused.tools.model_shapes import MODELS, build, linear_shapes, target_modules
 
 MLP_TOO = "q_proj,k_proj,v_proj,up_proj,down_proj"
 LORA_RANKS = (4, 8, 32, 64)

@@ -152,7 +152,7 @@ def test_metadata_states_the_requirements(wheel):
     always = {r.name: str(r.specifier) for r in required if r.marker is None or "extra" not in str(r.marker)}
     assert always["torch"] == ">=2.8"
     assert always["triton"] == ">=3.4"
-    assert set(always) == {"torch", "triton", "transformers", "safetensors", "typer"}
+    assert set(always) == {"numpy", "torch", "triton", "transformers", "safetensors", "typer"}
 
 
 def test_constraints_pin_a_version_that_every_requirement_accepts(wheel):

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lowrank_fused as lf
 from lowrank_fused import activations
-from lowrank_fused.flops import FORMULAS
 from lowrank_fused.layers import LowRankLinear
-from lowrank_fused.model_shapes import build
+from lowrank_fused.tools.flops import FORMULAS
+from lowrank_fused.tools.model_shapes import build
 
 M, N, K, R = 5, 12, 20, 4
 ORIENTATIONS = pytest.mark.parametrize("orientation", ["T", "N"])

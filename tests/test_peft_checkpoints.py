@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lowrank_fused as lf
-from lowrank_fused.tiny_models import logits, tiny_model
+from lowrank_fused.tools.tiny_models import logits, tiny_model
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(

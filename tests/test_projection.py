@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import lowrank_fused as lf
-from lowrank_fused import gather_ops
-from lowrank_fused.projection import Permutation, projection
+from lowrank_fused.factors import gather as gather_ops
+from lowrank_fused.factors.projection import Permutation, projection
 
 CPU = torch.device("cpu")
 each_recipe = pytest.mark.parametrize("index", ["table", "bijection"])
@@ -39,7 +39,7 @@ def test_the_table_is_pefts(total, length, seed):
 def test_another_random_stream_is_noticed(monkeypatch):
     import numpy as np
 
-    from lowrank_fused import projection as module
+    from lowrank_fused.factors import projection as module
 
     class Other:
         """A generator that shuffles differently, as a later NumPy's might."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lowrank_fused as lf
-from lowrank_fused.raclora import redraw
+from lowrank_fused.training.raclora import redraw
 
 K, N, R = 24, 16, 3
 

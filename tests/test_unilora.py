@@ -18,7 +18,7 @@ import lowrank_fused as lf
 from lowrank_fused import gather_ops, methods
 from lowrank_fused.inject import adapted_layers
 from lowrank_fused.methods import Site
-from lowrank_fused.tiny_models import logits, tiny_model
+from lowrank_fused.tools.tiny_models import logits, tiny_model
 
 CPU = torch.device("cpu")
 RECIPES = ["table", "bijection"]

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lowrank_fused as lf
-from lowrank_fused.tiny_models import logits, tiny_model
+from lowrank_fused.tools.tiny_models import logits, tiny_model
 
 SETTINGS = {"method": "vblora", "num_vectors": 5, "vector_length": 4, "rank": 2}
 

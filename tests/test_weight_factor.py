@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_fused import activations, lowrank_linear, lowrank_linear_ref, weight_factor
-from lowrank_fused.flops import FORMULAS
+from lowrank_fused import lowrank_linear, lowrank_linear_ref
+from lowrank_fused.factors import activations, weight_factor
 from lowrank_fused.testing import Operands, assert_as_accurate_as_torch, integer_operand
+from lowrank_fused.tools.flops import FORMULAS
 
 SHAPES = [
     # N, K, R, rows per chunk

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..benchmark import Spread, dtype_name, paired_ratio
-from ..doctor import best_device, environment
 from ..errors import UnsupportedError
+from ..tools.doctor import best_device, environment
 from . import report
 from .data import Batch, batches, fetch_reviews, model_folder, split
 from .model import OURS, PEFT, SentimentModel, adapted_pair, load_base, load_tokenizer

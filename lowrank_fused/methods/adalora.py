@@ -7,8 +7,8 @@ scale is that of the published code and of PEFT, small number included; r is the
 the scale when triplets are pruned.
 
 That A and B stay near orthogonal and that the least important of E become zero is the training loop's part:
-`orthogonality_penalty` and `RankAllocator` of lowrank_fused/adalora.py, which read target_r (the mean rank in the
-end), tinit, tfinal, deltaT, total_step, beta1, beta2 and orth_reg_weight, PEFT's names and defaults. A layer
+`orthogonality_penalty` and `RankAllocator` of lowrank_fused/training/adalora.py, which read target_r (the mean rank
+in the end), tinit, tfinal, deltaT, total_step, beta1, beta2 and orth_reg_weight, PEFT's names and defaults. A layer
 computes the same whatever these are.
 
 PEFT writes a pruned layer without its pruned triplets; loaded here, these come back as zeros.

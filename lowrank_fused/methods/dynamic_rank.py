@@ -4,7 +4,7 @@
 
 A [r, in], B [out, r], c [r]. c starts at zero, A and B Kaiming-uniform in ±√(6 / fan-in) as in the published code, so
 the layer starts as the base layer and c alone has a gradient in the first step. Training prunes: terms that weigh
-little have their c held at zero (`lowrank_fused.dynamic_rank`), which is the paper's dynamic rank; s stays.
+little have their c held at zero (`lowrank_fused.training.dynamic_rank`), which is the paper's dynamic rank; s stays.
 
 This DoRA is not the weight-decomposed one (dora.py), which goes by the same name.
 """

@@ -3,7 +3,7 @@
     y = x Wᵀ + s · ((drop(x) Aᵀ) Σᵀ) Bᵀ + bias,    s = alpha / r
 
 A [r, in] is frozen, so backward needs no x; Σ [r, r] is trained; B [out, r] is trained at first and then frozen column
-by column over the first 30 % of the steps (`lowrank_fused.lamda`).
+by column over the first 30 % of the steps (`lowrank_fused.training.lamda`).
 
 The paper starts spectrally and the published code does not. `init_lamda="spectral"`, the default, is the consistent
 reading: with W ≈ U S Vᵀ of rank r, A = Vᵀ, Σ = S / s and B = U beside the residual W − U S Vᵀ, which starts as the base

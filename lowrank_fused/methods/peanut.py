@@ -27,11 +27,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.init import kaiming_uniform_
 
-from lowrank_fused.activations import activation, activation_names
+from lowrank_fused.factors.activations import activation, activation_names
+from lowrank_fused.factors.weight_factor import weight_factor
 from lowrank_fused.initializers import compute_dtype
 from lowrank_fused.peft_format import PeftFormat
 from lowrank_fused.terms import Terms
-from lowrank_fused.weight_factor import weight_factor
 
 from . import Start, method
 

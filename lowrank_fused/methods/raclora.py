@@ -4,7 +4,7 @@
 
 `side="B"` trains B [out, r] from zero under a frozen A [r, in] ~ N(0, 1/in), and backward needs no x. `side="A"` trains
 A from zero under a frozen B ~ N(0, 1/r). The chain that makes the method converge like full fine-tuning is
-`lowrank_fused.raclora.redraw`: put the product into W, draw the frozen factor anew, go on from zero.
+`lowrank_fused.training.raclora.redraw`: put the product into W, draw the frozen factor anew, go on from zero.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     y = x Wᵀ + drop(x) Aᵀ Bᵀ + bias,    A [r, in] and B [out, r] of all layers = consecutive parts of P θ
 
-P [D, d] has one element a row, n_j^(-1/2) in a column that a seed chooses (lowrank_fused/projection.py). Indices are
+P [D, d] has one element a row, n_j^(-1/2) in a column that a seed chooses (factors/projection.py). Indices are
 global over all layers, in model order with A before B, and balanced: PᵀP = I, so ‖P θ‖ = ‖θ‖. θ starts uniform in
 ±`init_theta_d_bound`; neither factor is zero, so that both get a gradient, and a layer starts a little beside its base
 layer. There is no alpha, the scale is 1.
@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_fused.gather_ops import SharedFactors
+from lowrank_fused.factors.gather import SharedFactors
+from lowrank_fused.factors.projection import MAX_TOTAL, Projection, projection
 from lowrank_fused.peft_format import PeftFormat
-from lowrank_fused.projection import MAX_TOTAL, Projection, projection
 from lowrank_fused.terms import Terms
 
 from . import Site, Start, method

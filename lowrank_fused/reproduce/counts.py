@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.progress import Progress
 
-from ..footprint import count_in_model
-from ..tables import markdown_table
+from ..tools.footprint import count_in_model
+from ..tools.tables import markdown_table
 from .page import write_page
 
 __all__ = ["PUBLISHED", "Published", "counted", "reproduce_counts"]
@@ -106,7 +106,7 @@ def _peft() -> Iterable[Published]:
     where = (PEFT, "llama-3.2-3b", QV)
     yield Published(*where, "lora", 32, 9_175_040)
     yield Published(*where, "dora", 32, 9_289_728)
-    yield Published(*where, "adalora", 64, 18_353_664)
+    yield Published(*where, "adalora", 64, 18_353_664)  # its target_r is 32
     yield Published(*where, "peanut", 32, 7_340_032)
     yield Published(*where, "peanut", 1, 229_376)
     yield Published(*where, "vera", 256, 129_024)
@@ -115,7 +115,10 @@ def _peft() -> Iterable[Published]:
     yield Published(*where, "unilora", 32, 256, options={"theta_d_length": 256})
 
 
-def _vera() -> Iterable[Published]:
+def _others() -> Iterable[Published]:
+    yield Published("LoRA-XS 2405.17604", "roberta-large", "query,value,output.dense", "lora_xs", 16, 25_000, 1000)
+    tied = {"u": 13, "weight_tying": 1.0}
+    yield Published("TinyLoRA 2602.04118", "qwen2.5-7b", ALL, "tinylora", 2, 13, options=tied)
     yield Published(VERA, "roberta-base", QV, "vera", 1024, 43_000, 1000)
     yield Published(VERA, "roberta-large", QV, "vera", 256, 61_000, 1000)
 
@@ -177,7 +180,7 @@ def _closed_form() -> Iterable[Published]:
         yield Published(*where, "vera", 256, vera)
 
 
-PUBLISHED: tuple[Published, ...] = (*_closed_form(), *_loldu(), *_cola(), *_unilora(), *_neat(), *_vera(), *_peft())
+PUBLISHED: tuple[Published, ...] = (*_closed_form(), *_loldu(), *_cola(), *_unilora(), *_neat(), *_others(), *_peft())
 
 
 def counted(row: Published) -> int:

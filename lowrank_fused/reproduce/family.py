@@ -13,7 +13,7 @@ from rich.progress import Progress
 from .. import methods
 from ..benchmark import Spread, Step, clock_for, interleave, paired_ratio
 from ..demo.model import SentimentModel
-from ..tables import markdown_table
+from ..tools.tables import markdown_table
 from .page import mean_and_deviation, write_page
 from .store import RunStore
 from .training import Task, Training

@@ -15,7 +15,7 @@ from typing import Any
 from rich.progress import Progress
 
 from ..demo.report import figure_with
-from ..tables import markdown_table
+from ..tools.tables import markdown_table
 from .page import mean_and_deviation, write_page
 from .store import RunStore
 from .training import Task, Training

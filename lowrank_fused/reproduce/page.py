@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..doctor import environment
+from ..tools.doctor import environment
 
 __all__ = ["command_line", "mean_and_deviation", "write_page"]
 

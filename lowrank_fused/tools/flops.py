@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import ops, weight_factor
+from .. import ops
+from ..factors import weight_factor
 
 __all__ = ["FORMULAS"]
 

@@ -29,7 +29,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .errors import UnsupportedError
+from ..errors import UnsupportedError
 
 __all__ = ["INDICES", "MAX_TOTAL", "Permutation", "Projection", "projection"]
 

@@ -45,13 +45,14 @@ class _Graph:
     holding: bool = False
 
     def add(self, grads: tuple[Tensor | None, ...]) -> None:
-        """Add to the held gradients."""
-        if not self.held:
-            self.held = [None] * len(self.outputs)
-        for i, grad in enumerate(grads):
-            before = self.held[i]
-            if grad is not None:
-                self.held[i] = grad if before is None else before + grad
+        """Add to the held gradients: out of place, since autograd may hand the same tensor to others."""
+        before = self.held or [None] * len(grads)
+        self.held = [held if grad is None else grad for held, grad in zip(before, grads, strict=True)]
+        both = [i for i, grad in enumerate(grads) if grad is not None and before[i] is not None]
+        if both:
+            sums = torch._foreach_add([before[i] for i in both], [grads[i] for i in both])
+            for i, total in zip(both, sums, strict=True):
+                self.held[i] = total
 
     def take(self) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs that have gradients, and these; nothing is held any more."""

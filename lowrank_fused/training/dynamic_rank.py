@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .inject import adapted_layers
-from .layers import LowRankLinear
+from ..inject import adapted_layers
+from ..layers import LowRankLinear
 
 __all__ = ["RankPruner", "importance", "variance_penalty"]
 

@@ -1,7 +1,7 @@
 """What the compiler makes of every launch that the kernel routes can issue, read from the binaries, without a GPU.
 
 `inspect_launch` compiles a launch and counts what decides its speed, `violations` says what is wrong with it.
-`python -m lowrank_fused.codegen --arch 90` does both for all `shipped_launches`.
+`python -m lowrank_fused.tools.codegen --arch 90` does both for all `shipped_launches`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lowrank_fused.kernels.launch import INTERPRETING, Launch, Tile, shared_bytes
 
-from .errors import UnsupportedError
+from ..errors import UnsupportedError
 from .shipped import shipped_launches
 
 __all__ = [
@@ -230,7 +230,7 @@ def _table(reports: list[CodeReport], arch: int) -> Table:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compile and judge. 0: nothing is wrong, 1: something is, 2: a mistake in the command, 3: cannot be done here."""
-    parser = argparse.ArgumentParser(prog="python -m lowrank_fused.codegen", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lowrank_fused.tools.codegen", description=__doc__)
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=ARCHS, default=[80, 90, 100], help="compute capabilities"
     )

@@ -13,8 +13,8 @@ from lowrank_fused.kernels.gather import Permutation, gather, scatter_add, segme
 from lowrank_fused.kernels.launch import Launch, record, targeting
 from lowrank_fused.kernels.weight_factor import ACTIVATIONS, weight_factor, weight_factor_grad
 
-from .routes.fused import SPLIT, THIN
-from .routes.problem import Options, Route
+from ..routes.fused import SPLIT, THIN
+from ..routes.problem import Options, Route
 
 __all__ = ["shipped_launches"]
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from . import __version__
-from .benchmark import Case, check, providers_for
-from .benchmark.record import commit
-from .routes import ROUTES, choose, unavailable
-from .target import interpreting, target_of
+from .. import __version__
+from ..benchmark import Case, check, providers_for
+from ..benchmark.record import commit
+from ..routes import ROUTES, choose, unavailable
+from ..target import interpreting, target_of
 
 __all__ = ["Diagnosis", "RouteReport", "best_device", "diagnose", "environment"]
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adaptable import as_matrix
-from .config import ALL_LINEAR, AdapterConfig
-from .registry import did_you_mean
-from .target_modules import find_targets
+from ..adaptable import as_matrix
+from ..config import ALL_LINEAR, AdapterConfig
+from ..registry import did_you_mean
+from ..target_modules import find_targets
 
 __all__ = ["MODELS", "LinearShape", "ModelSpec", "build", "linear_shapes", "target_modules"]
 

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .benchmark import Case, Row
+from ..benchmark import Case, Row
 from .doctor import Diagnosis
 from .footprint import MethodFacts, ModelCount
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import methods
-from .inject import adapted_layers, injection_of, unwrap
-from .layers import LowRankLinear
+from .. import methods
+from ..inject import adapted_layers, injection_of, unwrap
+from ..layers import LowRankLinear
 
 __all__ = ["BudgetSchedule", "RankAllocator", "orthogonality_penalty"]
 

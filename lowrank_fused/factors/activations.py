@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .registry import did_you_mean
+from ..registry import did_you_mean
 
 __all__ = ["Activation", "activation", "activation_names", "add_activation"]
 

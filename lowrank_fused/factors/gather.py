@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..target import target_of
 from .generated import Generated
 from .projection import Projection, projection
-from .target import target_of
 
 __all__ = ["SharedFactors", "project", "project_back"]
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from . import methods
-from .inject import adapted_layers, merge
+from .. import methods
+from ..inject import adapted_layers, merge
 
 __all__ = ["redraw"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .inject import adapted_layers, unwrap
-from .layers import LowRankLinear
+from ..inject import adapted_layers, unwrap
+from ..layers import LowRankLinear
 
 __all__ = ["hold_gradients", "parameter_groups"]
 

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import methods
-from .adaptable import as_matrix
-from .config import AdapterConfig
-from .errors import UnsupportedError
-from .initializers.incremental_svd import IncrementalSVD
-from .inject import adapted_layers, disable, inject_with, injection_of, remove, unwrap
-from .layers import LowRankLinear
-from .methods import Site
+from .. import methods
+from ..adaptable import as_matrix
+from ..config import AdapterConfig
+from ..errors import UnsupportedError
+from ..initializers.incremental_svd import IncrementalSVD
+from ..inject import adapted_layers, disable, inject_with, injection_of, remove, unwrap
+from ..layers import LowRankLinear
+from ..methods import Site
 
 __all__ = ["counted_tokens", "initialize_eva"]
 

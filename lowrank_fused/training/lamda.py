@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .inject import adapted_layers
-from .layers import LowRankLinear
+from ..inject import adapted_layers
+from ..layers import LowRankLinear
 
 __all__ = ["ColumnFreezer"]
 

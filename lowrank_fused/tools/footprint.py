@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import methods
-from .benchmark import kept_bytes
-from .config import AdapterConfig
-from .inject import inject, injection_of, remove
-from .layers import LowRankLinear
+from .. import methods
+from ..benchmark import kept_bytes
+from ..config import AdapterConfig
+from ..inject import inject, injection_of, remove
+from ..layers import LowRankLinear
+from ..parameters import trainable_parameters
 from .model_shapes import build, target_modules
-from .parameters import trainable_parameters
 
 __all__ = [
     "KeptBytes",

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..target import target_of
 from .activations import activation as activation_of
-from .target import target_of
 
 __all__ = ["FUSED", "weight_factor", "weight_factor_grad_op", "weight_factor_op"]
 
@@ -37,7 +37,7 @@ def weight_factor(a: Tensor, w: Tensor, activation: str = "relu") -> Tensor:
     Args:
         a: [R, N] in w's dtype or fp32. Products take it in w's dtype and sum in fp32.
         w: the frozen weight [N, K], any strides; pass `weight.t()` for products over its rows.
-        activation: a name of `lowrank_fused.activations`.
+        activation: a name of `lowrank_fused.factors.activations`.
 
     Reads W once forward and once backward. Second derivatives raise.
 
