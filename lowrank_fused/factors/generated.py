@@ -48,10 +48,11 @@ class _Graph:
         """Add to the held gradients: out of place, since autograd may hand the same tensor to others."""
         before = self.held or [None] * len(grads)
         self.held = [held if grad is None else grad for held, grad in zip(before, grads, strict=True)]
-        both = [i for i, grad in enumerate(grads) if grad is not None and before[i] is not None]
-        if both:
-            sums = torch._foreach_add([before[i] for i in both], [grads[i] for i in both])
-            for i, total in zip(both, sums, strict=True):
+        places = enumerate(zip(before, grads, strict=True))
+        pairs = [(i, held, grad) for i, (held, grad) in places if held is not None and grad is not None]
+        if pairs:
+            sums = torch._foreach_add([held for _, held, _ in pairs], [grad for _, _, grad in pairs])
+            for (i, *_), total in zip(pairs, sums, strict=True):
                 self.held[i] = total
 
     def take(self) -> tuple[list[Tensor], list[Tensor]]:
