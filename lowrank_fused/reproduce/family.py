@@ -30,7 +30,7 @@ class FamilySettings:
 
     rates: tuple[float, ...] = (1e-3, 4e-3, 1.6e-2)
     seeds: int = 3
-    training: Training = Training(snippets=640, judged=800)
+    training: Training = Training(snippets=512, judged=600)
     timing_rounds: int = 12
 
 
