@@ -8,6 +8,7 @@ import pickle
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -444,6 +445,15 @@ def test_the_documentation_names_formula_and_paper(name):
     method = methods.get(name)
     assert method.formula.startswith("y = ")
     assert "arXiv" in sys.modules[method.__module__].__doc__.splitlines()[0]
+
+
+@each_method
+def test_the_readme_lists_it(name):
+    if name in TOYS:
+        return
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in readme.splitlines() if line.startswith(f"| [`{name}`]")]
+    assert len(rows) == 1 and f"`{methods.get(name).formula.removeprefix('y = ')}`" in rows[0]
 
 
 @each_method
