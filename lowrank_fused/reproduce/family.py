@@ -30,8 +30,8 @@ class FamilySettings:
 
     rates: tuple[float, ...] = (1e-3, 4e-3, 1.6e-2)
     seeds: int = 3
-    training: Training = Training(snippets=480, judged=400)
-    timing_rounds: int = 8
+    training: Training = Training(snippets=384, judged=400)
+    timing_rounds: int = 7
 
 
 def reproduce_family(
