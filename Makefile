@@ -9,10 +9,10 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench-cpu gpu-check clean
+.PHONY: help venv demo test lint bench-cpu bench-methods gpu-check clean
 
 help: ## list the verbs
-	@awk -F ': .*## ' '/^[a-z-]+:.* ## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ': .*## ' '/^[a-z-]+:.* ## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(READY) ## set up .venv with the package and everything below
 
@@ -45,6 +45,9 @@ lint: $(READY) ## ruff and mypy
 
 bench-cpu: $(READY) ## measure layers and a training step on this CPU against PEFT
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.cpu
+
+bench-methods: $(READY) ## measure every method on this CPU against PEFT's layer or its authors' algorithm
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.methods
 
 gpu-check: $(READY) ## everything that needs a CUDA device: tests at real sizes, benchmarks; exits 3 without one
 	HF_HUB_OFFLINE=1 $(BIN)/python -m bench.gpu_check

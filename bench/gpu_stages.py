@@ -38,7 +38,17 @@ from lowrank_fused.benchmark import (
 __all__ = ["Setting", "stages"]
 
 # Each keyword of the kernel tests is a case of its own: a hanging kernel costs one of them, not all.
-KERNEL_TESTS = ("shrink", "expand", "factors", "lowrank_forward", "grad_input", "linear")
+KERNEL_TESTS = (
+    "shrink",
+    "expand",
+    "factors",
+    "lowrank_forward",
+    "grad_input",
+    "linear",
+    "gather",
+    "weight_factor",
+    "as_accurate_as_its_reference",
+)
 PYTEST_SECONDS = 200
 GEMMS = {"forward": "lowrank_forward", "backward": "grad_input"}  # names of Triton's, with or without TMA
 OTHERS = ("frozen", "eager", "eager-fp32", "compile")  # providers whose failure is not ours
