@@ -135,7 +135,7 @@ def test_violations_are_recognised():
 
 
 def test_says_why_it_cannot_compile(monkeypatch, capsys):
-    from lowrank_fused import codegen
+    from lowrank_fused.tools import codegen
 
     codegen._cuobjdump.cache_clear()
     monkeypatch.setattr(codegen, "INTERPRETING", True)

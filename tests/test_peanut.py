@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import lowrank_fused as lf
-from lowrank_fused import activations
+from lowrank_fused.factors import activations
 from lowrank_fused.layers import LowRankLinear
 from lowrank_fused.tools.flops import FORMULAS
 from lowrank_fused.tools.model_shapes import build

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_fused as lf
-from lowrank_fused import gather_ops, methods
+from lowrank_fused import methods
+from lowrank_fused.factors import gather as gather_ops
 from lowrank_fused.inject import adapted_layers
 from lowrank_fused.methods import Site
 from lowrank_fused.tools.tiny_models import logits, tiny_model

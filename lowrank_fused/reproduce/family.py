@@ -26,13 +26,14 @@ OPTIONS: dict[str, dict[str, Any]] = {"vblora": {"vector_length": 128}}
 
 @dataclass(frozen=True)
 class FamilySettings:
-    """Each method at its default rank; its rate is the best of `rates` on held-out snippets that are not reported.
+    """Each method at its default rank; its rate is the best found on held-out snippets that are not reported.
 
-    Where the lowest is the best, a quarter of it is tried too, at most `lower` times.
+    `rates` are tried first; while the best is at an end, four times as much or a quarter is tried there, until
+    `most_rates` have been.
     """
 
-    rates: tuple[float, ...] = (1e-3, 4e-3, 1.6e-2)
-    lower: int = 2
+    rates: tuple[float, ...] = (1e-3, 4e-3)
+    most_rates: int = 4
     seeds: int = 3
     training: Training = Training(snippets=384, judged=400)
     timing_rounds: int = 7
@@ -52,8 +53,7 @@ def reproduce_family(
     settings = replace(settings, seeds=seeds or settings.seeds, training=settings.training.with_snippets(snippets))
     store, task = RunStore(out / "methods.jsonl"), Task(settings.training, cache)
     names = list(names or methods.registry())
-    runs = len(names) * (len(settings.rates) + settings.seeds - 1)
-    bar = progress.add_task("every method", total=runs + len(names))
+    bar = progress.add_task("every method", total=len(names))
     rows: list[dict[str, Any]] = []
     for name in names:
         config = {"method": name, **OPTIONS.get(name, {})}
@@ -64,15 +64,13 @@ def reproduce_family(
             if found is None:
                 found = task.run(config, rate, seed)
                 store.add(key, found)
-            progress.advance(bar)
             return found
 
+        progress.update(bar, description=name)
         tried = {rate: run(rate, 0) for rate in settings.rates}
+        while len(tried) < settings.most_rates and (further := _beyond(tried)):
+            tried[further] = run(further, 0)
         best = _best(tried)
-        for _ in range(settings.lower):
-            if best == min(tried):
-                tried[best / 4] = run(best / 4, 0)
-                best = _best(tried)
         results = [tried[best], *(run(best, seed) for seed in range(1, settings.seeds))]
         rows.append({"method": name, "rate": best, "rank": methods.resolve(name)[0], "runs": results})
         rows[-1]["step"] = _step_time(settings, task, store, config)
@@ -83,6 +81,12 @@ def reproduce_family(
 def _best(tried: dict[float, dict[str, Any]]) -> float:
     """The rate with the highest accuracy on the snippets to choose by; of equal ones the lowest."""
     return max(sorted(tried), key=lambda rate: tried[rate]["choose"])
+
+
+def _beyond(tried: dict[float, dict[str, Any]]) -> float | None:
+    """The next rate on the side where the best one stands at the end; None where it stands between others."""
+    best = _best(tried)
+    return best / 4 if best == min(tried) else best * 4 if best == max(tried) else None
 
 
 def _step_time(settings: FamilySettings, task: Task, store: RunStore, config: dict[str, Any]) -> dict[str, float]:
@@ -133,9 +137,8 @@ def _write(settings: FamilySettings, rows: list[dict[str, Any]], out: Path) -> P
     parts = [
         f"On every linear of MiniLM at each method's default rank, {settings.training.snippets:,} movie-review "
         f"snippets in steps of {settings.training.batch_size}, {settings.seeds} seeds; accuracy on {others:,} others, "
-        f"mean and standard deviation over seeds. The learning rate is the best of "
-        f"{', '.join(f'{rate:g}' for rate in settings.rates)} on {others:,} further snippets, and where the lowest is "
-        f"the best, of a quarter and a sixteenth of it too.",
+        f"mean and standard deviation over seeds. The learning rate is the best on {others:,} further snippets of "
+        f"{' and '.join(f'{rate:g}' for rate in settings.rates)} and, beyond the better end, steps of a factor of 4.",
         markdown_table(header, table),
         "Trained: elements of the adapters, without the classifier's head. Step: forward, backward and AdamW, run in "
         "turn with plain LoRA of rank 8; median of the ratios, 20th and 80th percentile. One short training each, at "
