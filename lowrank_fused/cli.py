@@ -325,7 +325,7 @@ def reproduce_command(
     """Do findings of the papers again, and write a page about them.
 
     counts: parameter counts that papers print, against counts in the models (a minute). initialization:
-    Init[A] against Init[B] over a sweep of learning rates, MiniLM on movie reviews (some 15 minutes on two
+    Init[A] against Init[B] over a sweep of learning rates, MiniLM on movie reviews (some 20 minutes on two
     cores). methods: every method on that task (likewise). An interrupted command goes on where it stopped.
 
     Examples:

@@ -36,7 +36,7 @@ class FamilySettings:
     most_rates: int = 4
     seeds: int = 3
     training: Training = Training(snippets=384, judged=400)
-    timing_rounds: int = 7
+    timing_rounds: int = 5
 
 
 def reproduce_family(

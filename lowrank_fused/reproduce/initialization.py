@@ -31,7 +31,7 @@ class InitializationSettings:
     """The sweep: LoRA on every linear of MiniLM, AdamW, one pass over the snippets for every point."""
 
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    seeds: int = 4
+    seeds: int = 3
     rank: int = 8
     training: Training = Training()
 
