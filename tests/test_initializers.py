@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -297,6 +298,21 @@ def test_delta_and_residual_form_are_the_same_model():
             with torch.no_grad():
                 layer.loldu_z -= 1e-3 * layer.loldu_z.grad
             layer.loldu_z.grad = None
+
+
+def test_the_delta_form_is_the_residual_form_in_float64():
+    """For one z that has moved: the same y and the same gradient of z."""
+    torch.manual_seed(0)
+    linear, x, moved = nn.Linear(24, 24).double(), torch.randn(9, 24).double(), torch.randn(8).double()
+    found = []
+    for form in ("delta", "residual"):
+        layer = lf.LowRankLinear.from_linear(copy.deepcopy(linear), method="loldu", rank=8, form=form)
+        with torch.no_grad():
+            layer.loldu_z.add_(moved)
+        y = layer(x)
+        found.append((y, torch.autograd.grad(y.square().sum(), layer.loldu_z)[0]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
+    assert (found[0][0] - linear(x)).abs().max() > 0.1
 
 
 def test_the_delta_form_loses_nothing_in_bfloat16():
