@@ -10,21 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .library import define
 from .routes import implementation
 from .routes.problem import Options, Saved
 
 __all__ = ["backward", "forward"]
-
-_LIBRARY = torch.library.Library("lowrank_fused", "DEF")
-_LIBRARY.define(
-    "forward(Tensor x, Tensor weight, Tensor a, Tensor b, Tensor? core, Tensor? bias, Tensor? seed, *, "
-    "float scale, str core_kind, float dropout_p, bool[] wants, str route) -> (Tensor y, Tensor s, Tensor mask)"
-)
-_LIBRARY.define(
-    "backward(Tensor dy, Tensor? x, Tensor weight, Tensor a, Tensor b, Tensor? core, Tensor? s, Tensor? mask, *, "
-    "float scale, str core_kind, float dropout_p, bool[] wants, str route) "
-    "-> (Tensor dx, Tensor da, Tensor db, Tensor dcore, Tensor dbias)"
-)
 
 
 def _readable(rows: Tensor) -> Tensor:
@@ -77,13 +67,16 @@ def _or_empty(value: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if value is None else value
 
 
-for _name, _function, _fake in (
-    ("forward", _forward, _forward_fake),
-    ("backward", _backward, _backward_fake),
-):
-    _LIBRARY.impl(_name, _function, "CPU")
-    _LIBRARY.impl(_name, _function, "CUDA")
-    torch.library.register_fake(f"lowrank_fused::{_name}", _fake, lib=_LIBRARY)
-
-forward = torch.ops.lowrank_fused.forward.default
-backward = torch.ops.lowrank_fused.backward.default
+forward = define(
+    "forward(Tensor x, Tensor weight, Tensor a, Tensor b, Tensor? core, Tensor? bias, Tensor? seed, *, "
+    "float scale, str core_kind, float dropout_p, bool[] wants, str route) -> (Tensor y, Tensor s, Tensor mask)",
+    _forward,
+    _forward_fake,
+)
+backward = define(
+    "backward(Tensor dy, Tensor? x, Tensor weight, Tensor a, Tensor b, Tensor? core, Tensor? s, Tensor? mask, *, "
+    "float scale, str core_kind, float dropout_p, bool[] wants, str route) "
+    "-> (Tensor dx, Tensor da, Tensor db, Tensor dcore, Tensor dbias)",
+    _backward,
+    _backward_fake,
+)

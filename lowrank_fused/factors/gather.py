@@ -13,20 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..library import define
 from ..target import target_of
 from .generated import Generated
 from .projection import Projection, projection
 
 __all__ = ["SharedFactors", "project", "project_back"]
-
-_LIBRARY = torch.library.Library("lowrank_fused", "FRAGMENT")
-_LIBRARY.define(
-    "project(Tensor theta, SymInt first, SymInt count, *, int total, int seed, str index) -> Tensor",
-)
-_LIBRARY.define(
-    "project_back(Tensor grad, SymInt first, *, int total, int length, int seed, str index, bool deterministic) "
-    "-> Tensor",
-)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -98,16 +90,17 @@ def _for_kernels(p: Projection, device: torch.device) -> Any:
     return p.table(device) if p.index == "table" else Permutation(*p.permutation)
 
 
-for _name, _function, _fake in (
-    ("project", _project, _project_fake),
-    ("project_back", _project_back, _project_back_fake),
-):
-    _LIBRARY.impl(_name, _function, "CPU")
-    _LIBRARY.impl(_name, _function, "CUDA")
-    torch.library.register_fake(f"lowrank_fused::{_name}", _fake, lib=_LIBRARY)
-
-project = torch.ops.lowrank_fused.project.default
-project_back = torch.ops.lowrank_fused.project_back.default
+project = define(
+    "project(Tensor theta, SymInt first, SymInt count, *, int total, int seed, str index) -> Tensor",
+    _project,
+    _project_fake,
+)
+project_back = define(
+    "project_back(Tensor grad, SymInt first, *, int total, int length, int seed, str index, bool deterministic) "
+    "-> Tensor",
+    _project_back,
+    _project_back_fake,
+)
 
 
 class _Numbers(NamedTuple):

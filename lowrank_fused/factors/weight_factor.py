@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..library import LIBRARY, define
 from ..target import target_of
 from .activations import activation as activation_of
 
@@ -25,10 +26,6 @@ __all__ = ["FUSED", "weight_factor", "weight_factor_grad_op", "weight_factor_op"
 FUSED = ("gelu", "linear", "relu", "silu", "sin")
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-_LIBRARY = torch.library.Library("lowrank_fused", "FRAGMENT")
-_LIBRARY.define("weight_factor(Tensor a, Tensor w, str activation) -> (Tensor h, Tensor slope)")
-_LIBRARY.define("weight_factor_grad(Tensor dh, Tensor kept, Tensor w, str activation) -> Tensor")
 
 
 def weight_factor(a: Tensor, w: Tensor, activation: str = "relu") -> Tensor:
@@ -115,16 +112,12 @@ def _backward_fake(dh: Tensor, kept: Tensor, w: Tensor, activation: str) -> Tens
     return dh.new_empty(dh.shape[0], w.shape[0])
 
 
-for _name, _function, _fake in (
-    ("weight_factor", _forward, _forward_fake),
-    ("weight_factor_grad", _backward, _backward_fake),
-):
-    _LIBRARY.impl(_name, _function, "CPU")
-    _LIBRARY.impl(_name, _function, "CUDA")
-    torch.library.register_fake(f"lowrank_fused::{_name}", _fake, lib=_LIBRARY)
-
-weight_factor_op = torch.ops.lowrank_fused.weight_factor.default
-weight_factor_grad_op = torch.ops.lowrank_fused.weight_factor_grad.default
+weight_factor_op = define(
+    "weight_factor(Tensor a, Tensor w, str activation) -> (Tensor h, Tensor slope)", _forward, _forward_fake
+)
+weight_factor_grad_op = define(
+    "weight_factor_grad(Tensor dh, Tensor kept, Tensor w, str activation) -> Tensor", _backward, _backward_fake
+)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: tuple[Tensor, Tensor]) -> None:
@@ -142,5 +135,5 @@ def _pull_back(ctx: Any, dh: Tensor | None, _: None) -> tuple[Tensor | None, Non
 
 
 torch.library.register_autograd(
-    "lowrank_fused::weight_factor", _pull_back, setup_context=_keep_for_backward, lib=_LIBRARY
+    "lowrank_fused::weight_factor", _pull_back, setup_context=_keep_for_backward, lib=LIBRARY
 )
