@@ -246,8 +246,9 @@ def markdown(report: Report, content: dict[str, Any], size: int, tokens: int) ->
             "",
             markdown_table(HEADER, goal_rows(report)),
             "Work: operators of PyTorch that compute something, and floating-point operations of products in multiples "
-            "of the frozen layer's. What is computed once per optimiser step is not in it. Theirs is PEFT's layer or "
-            "our rendering of the published algorithm; original code is what was counted in the authors' own.",
+            "of the frozen layer's. What is computed once per optimiser step is not in it; its pull-back, which every "
+            "backward does, is. Theirs is PEFT's layer or our rendering of the published algorithm; "
+            "original code is what was counted in the authors' own.",
             "",
             markdown_table(WORK_HEADER, work_rows(report)),
             *[f"Wrong: {fault}\n" for fault in report.wrong],

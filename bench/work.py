@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_fused import ops
+from lowrank_fused.tools.flops import FORMULAS
 
 __all__ = ["Work", "count_work"]
 
@@ -28,8 +29,8 @@ def _addmm(_: Any, p: Any, q: Any, **options: Any) -> int:
     return 2 * p[0] * p[1] * q[1]
 
 
-# PyTorch's counter knows addmm, and not the form that adds in place.
-_IN_PLACE = {torch.ops.aten.addmm_: _addmm}
+# PyTorch's counter knows neither our operators nor the form of addmm that adds in place.
+_MORE_FORMULAS = {**FORMULAS, torch.ops.aten.addmm_: _addmm}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def count_work(forward: Callable[[Tensor], Tensor], x: Tensor, leaves: list[Tens
     torch.autograd.grad(forward(x), leaves, dy, allow_unused=True)
     found = []
     with patch.object(ops, "forward", ops._forward), patch.object(ops, "backward", ops._backward):
-        for counter in (_Operators, lambda: FlopCounterMode(display=False, custom_mapping=_IN_PLACE)):
+        for counter in (_Operators, lambda: FlopCounterMode(display=False, custom_mapping=_MORE_FORMULAS)):
             with counter() as ahead:  # type: ignore[operator]
                 y = forward(x)
             with counter() as behind:  # type: ignore[operator]

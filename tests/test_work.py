@@ -57,8 +57,11 @@ def test_gathered_and_summed_factors_cost_what_lora_costs(method, options):
 
 
 def test_neat_forms_no_update(frozen):
+    """Skinny products alone; and the one with W that makes the factor (once per step) or trains it (in backward)."""
     forward, backward = relative(work("peanut", 32), frozen)
-    assert 1.05 < forward <= 1.10 and 1.10 < backward <= 1.20
+    skinny, with_w = 32 / SIZE, 32 / TOKENS
+    assert (forward, backward) == pytest.approx((1 + 2 * skinny, 1 + 4 * skinny + with_w))
+    assert forward + with_w <= 1.10 and backward <= 1.20
 
 
 def test_loldu_forms_no_dense_gradient(frozen):
