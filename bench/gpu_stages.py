@@ -46,6 +46,7 @@ KERNEL_TESTS = (
     "grad_input",
     "linear",
     "gather",
+    "stacked",
     "weight_factor",
     "as_accurate_as_its_reference",
 )

@@ -57,7 +57,8 @@ def test_every_binary_may_ship(arch, rows_of):
     rows = rows_of(arch)
     kernels = {row["kernel"].removesuffix("_tma") for row in rows}
     products = {"shrink", "expand", "lowrank_forward", "dy_factors", "x_factors", "grad_input"}
-    assert kernels == products | {"gather", "scatter_add", "segment_sum", "weight_factor"}
+    factors = {"gather", "scatter_add", "segment_sum", "weight_factor", "sum_blocks", "repeat_blocks"}
+    assert kernels == products | factors
     wrong = [
         f"{row['kernel']} {row['tile']} {row['dtype']} ({row['flags']}): {'; '.join(row['violations'])}"
         for row in rows

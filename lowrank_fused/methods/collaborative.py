@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowrank_fused import initializers
+from lowrank_fused.factors.stacked import sum_blocks
 from lowrank_fused.terms import Terms
 
 from . import Start, method
@@ -103,7 +104,7 @@ class Collaborative:
     @staticmethod
     def generate(p: Any, weight: Tensor) -> tuple[Tensor, ...]:
         if p.cola_strategy == "full":
-            return _sums(p)
+            return sum_blocks(p.cola_A, p.cola_B, p.cola_num_A, p.cola_num_B)
         return () if p.cola_strategy.startswith("random") else _paired(p, p.cola_pairs)
 
     @staticmethod
@@ -120,7 +121,7 @@ class Collaborative:
     @staticmethod
     def taken_out(p: Any, weight: Tensor, x: Tensor) -> Terms:
         # At the start all A_i are equal, and all B_j: (Σ A_i, Σ B_j) is M N times any of their pairs.
-        return Terms(*_sums(p), p.scaling * p.cola_taken)
+        return Terms(*sum_blocks(p.cola_A, p.cola_B, p.cola_num_A, p.cola_num_B), p.scaling * p.cola_taken)
 
     @staticmethod
     def reference(x: Tensor, weight: Tensor, bias: Tensor | None, p: Any) -> Tensor:
@@ -167,13 +168,6 @@ def _frozen_pairs(num_a: int, num_b: int, strategy: str, device: torch.device) -
     dealt = [j // each if j < each * num_a else j - each * num_a for j in range(num_b)]
     owners = dealt if strategy == "heuristic_code" else [min(j, num_a - 1) for j in range(num_b)]
     return {"cola_pairs": torch.tensor(owners, device=device)}
-
-
-def _sums(p: Any) -> tuple[Tensor, Tensor]:
-    """(Σ A_i [r, in], Σ B_j [out, r])."""
-    a, b = p.cola_A, p.cola_B
-    a = a if p.cola_num_A == 1 else a.unflatten(0, (p.cola_num_A, -1)).sum(0)
-    return a, b if p.cola_num_B == 1 else b.unflatten(1, (p.cola_num_B, -1)).sum(1)
 
 
 def _paired(p: Any, pairs: Tensor) -> tuple[Tensor, Tensor]:

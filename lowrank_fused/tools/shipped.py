@@ -11,6 +11,7 @@ import torch
 
 from lowrank_fused.kernels.gather import Permutation, gather, scatter_add, segment_sum
 from lowrank_fused.kernels.launch import Launch, record, targeting
+from lowrank_fused.kernels.stacked import Stack, repeat_blocks, sum_blocks
 from lowrank_fused.kernels.weight_factor import ACTIVATIONS, weight_factor, weight_factor_grad
 
 from ..routes.fused import SPLIT, THIN
@@ -160,10 +161,38 @@ def _weight_factor_cases() -> Iterator[_WeightFactorCase]:
     yield _WeightFactorCase(dtype=torch.float32, r=64, activation="gelu", rows=True)
 
 
+@dataclass(frozen=True)
+class _StackCase:
+    """Sums of stacked factors and their gradient."""
+
+    dtype: torch.dtype = torch.float32
+    rank: int = 8
+    size: int = 4096
+
+    def launch(self) -> None:
+        """Forward and backward, on the meta device."""
+        make = partial(torch.empty, dtype=self.dtype, device="meta")
+        a, b = make(2 * self.rank, self.size), make(self.size, 3 * self.rank)
+        of_a, of_b = Stack(1, 2, a.numel() // 2), Stack(self.size, 3, self.rank)
+        repeat_blocks(*sum_blocks(a, b, of_a, of_b), of_a, of_b)
+
+
+def _stack_cases() -> Iterator[_StackCase]:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        yield _StackCase(dtype)
+        yield _StackCase(dtype, rank=16)
+        yield _StackCase(dtype, rank=1, size=4099)
+
+
 def shipped_launches(arch: int) -> list[Launch]:
     """One launch for every binary that the kernel routes can ask for on `arch`, in a fixed order."""
     launches: dict[Any, Launch] = {}
-    cases: tuple[_Case | _GatherCase | _WeightFactorCase, ...] = (*_cases(), *_gather_cases(), *_weight_factor_cases())
+    cases: tuple[_Case | _GatherCase | _WeightFactorCase | _StackCase, ...] = (
+        *_cases(),
+        *_gather_cases(),
+        *_weight_factor_cases(),
+        *_stack_cases(),
+    )
     for case in cases:
         with targeting(arch), record() as log:
             case.launch()
