@@ -44,7 +44,7 @@ def _store_core(
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _shrink_kernel(
-    x_ptr, a_ptr, core_ptr, seed_ptr, t_ptr,
+    x_ptr, a_ptr, core_ptr, seed_ptr, bits_ptr, t_ptr,
     s_ptr, v_ptr, mask_ptr, dcore_parts_ptr,
     M, K, R, RV,
     scale, keep_scale, threshold,
@@ -66,10 +66,10 @@ def _shrink_kernel(
     mask_m, mask_r = offs_m < M, offs_r < R
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
     a_ptrs = a_ptr + offs_r[None, :] * stride_ar + offs_k[:, None] * stride_ak
+    row_bytes = tl.cdiv(K, 8)
+    offs_byte = tl.arange(0, BLOCK_K // 8)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-        row_bytes = tl.cdiv(K, 8)
-        offs_byte = tl.arange(0, BLOCK_K // 8)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, K, BLOCK_K):
         mask_k = offs_k < K - k
@@ -82,10 +82,15 @@ def _shrink_kernel(
                 bit_ptrs = mask_ptr + offs_m[:, None] * row_bytes + (offs_byte + k // 8)[None, :]
                 tl.store(bit_ptrs, bits.to(tl.uint8), mask=mask_bits)
             x = tl.where(spread_bits(bits, BLOCK_M, BLOCK_K), x, 0.0)
+        elif bits_ptr is not None:
+            mask_bits = mask_m[:, None] & (offs_byte < row_bytes - k // 8)[None, :]
+            bit_ptrs = bits_ptr + offs_m[:, None] * row_bytes + (offs_byte + k // 8)[None, :]
+            bits = tl.load(bit_ptrs, mask=mask_bits, other=0)
+            x = tl.where(spread_bits(bits, BLOCK_M, BLOCK_K), x, 0.0)
         acc = dot(x, cast(a, IO), acc)
         x_ptrs += BLOCK_K * stride_xk
         a_ptrs += BLOCK_K * stride_ak
-    if seed_ptr is not None:
+    if seed_ptr is not None or bits_ptr is not None:
         acc *= keep_scale
     mask_s = mask_m[:, None] & mask_r[None, :]
     if s_ptr is not None:
@@ -142,14 +147,16 @@ def shrink(
     core_kind: str = "none",
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    bits: Tensor | None = None,
     keep_s: bool = True,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(s, v, mask): s = drop(x) Aᵀ [M, R], v = scale · core(s) [M, Rv] and the packed mask uint8 [M, ⌈K / 8⌉].
 
     x [M, K] and a [R, K] may have any strides, a may be fp32 beside 16-bit x. `core` is d [R], C [Rv, R] or g [M, E]
-    as `core_kind` says (diag, dense, gate). `seed` is an int64 [1] on x's device. s and v have x's dtype, each rounded
-    once; s is empty without `keep_s`, mask without dropout. Reads x and a once, 2MKR FLOP.
+    as `core_kind` says (diag, dense, gate). `seed` is an int64 [1] on x's device; given the packed `bits` of a mask,
+    nothing is drawn and these come back. s and v have x's dtype, each rounded once; s is empty without `keep_s`, mask
+    without dropout. Reads x and a once, 2MKR FLOP.
     """
     (M, K), R = x.shape, a.shape[0]
     if tile is None:
@@ -166,11 +173,11 @@ def shrink(
     v = torch.empty((M, RV), dtype=x.dtype, device=x.device) if fused else None
     mask = x.new_empty(0, dtype=torch.uint8)
     if dropout_p:
-        mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device)
+        mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if bits is None else bits
     if M:
         launch_shrink(
             x, a, s if keep_s or not fused else None, v, scale=scale, core=core, core_kind=core_kind,
-            dropout_p=dropout_p, seed=seed, mask=mask, tile=tile,
+            dropout_p=dropout_p, seed=seed, bits=bits, mask=mask, tile=tile,
         )  # fmt: skip
     if v is None:
         assert core is not None
@@ -190,6 +197,7 @@ def launch_shrink(
     tile: Tile,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    bits: Tensor | None = None,
     mask: Tensor | None = None,
     t: Tensor | None = None,
     dcore_parts: Tensor | None = None,
@@ -198,14 +206,15 @@ def launch_shrink(
     (M, K), R = x.shape, a.shape[0]
     RV = R if v is None else v.shape[1]
     block_v = max(16, triton.next_power_of_2(RV)) if core_kind == "dense" else 16
-    outputs = [out for out in (s, v, mask if dropout_p else None, dcore_parts) if out is not None]
+    drawn = mask if dropout_p and bits is None else None
+    outputs = [out for out in (s, v, drawn, dcore_parts) if out is not None]
     Launch(
         _shrink_kernel,
         (cdiv(R, tile.block_r), cdiv(M, tile.block_m)),
         dict(
             x_ptr=x, a_ptr=a, core_ptr=None if core is None else core.contiguous(),
-            seed_ptr=seed if dropout_p else None, t_ptr=t,
-            s_ptr=s, v_ptr=v, mask_ptr=mask if dropout_p else None, dcore_parts_ptr=dcore_parts,
+            seed_ptr=seed if drawn is not None else None, bits_ptr=bits, t_ptr=t,
+            s_ptr=s, v_ptr=v, mask_ptr=drawn, dcore_parts_ptr=dcore_parts,
             M=M, K=K, R=R, RV=RV,
             scale=float(scale), keep_scale=keep_scale(dropout_p), threshold=lane_threshold(dropout_p),
             stride_xm=x.stride(0), stride_xk=x.stride(1), stride_ar=a.stride(0), stride_ak=a.stride(1),
@@ -213,7 +222,7 @@ def launch_shrink(
             BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r, BLOCK_V=block_v,
         ),
         tile,
-        bytes_read=sum(i.nbytes for i in (x, a, core, t) if i is not None),
+        bytes_read=sum(i.nbytes for i in (x, a, core, bits, t) if i is not None),
         bytes_written=sum(out.nbytes for out in outputs),
         flops=2 * M * K * R,
     ).run()  # fmt: skip

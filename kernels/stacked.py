@@ -1,6 +1,6 @@
 """Sums over the blocks of two stacked factors in one launch, and the gradients handed back to the blocks in another.
 
-A factor is seen as [outer, count, inner], of which the middle axis is summed: stacked A's [M·r, K] are
+A factor is seen as [outer, blocks, inner], of which the middle axis is summed: stacked A's [M·r, K] are
 [1, M, r·K], stacked B's [N, C·r] are [N, C, r].
 """
 
@@ -22,10 +22,10 @@ _TILE = Tile(block_m=1024, num_warps=4, num_stages=1)
 
 
 class Stack(NamedTuple):
-    """A factor [rows, columns] as `outer` runs of `count` blocks of `inner` consecutive elements."""
+    """A factor [rows, columns] as `outer` runs of `blocks` blocks of `inner` consecutive elements."""
 
     outer: int
-    count: int
+    blocks: int
     inner: int
 
     @property
@@ -94,26 +94,26 @@ def _launch(kernel, a: Tensor, b: Tensor, a_out: Tensor, b_out: Tensor, of_a: St
         dict(
             a_ptr=a, b_ptr=b, a_out_ptr=a_out, b_out_ptr=b_out, blocks_a=blocks_a,
             size_a=of_a.size, inner_a=of_a.inner, size_b=of_b.size, inner_b=of_b.inner,
-            COUNT_A=of_a.count, COUNT_B=of_b.count, BLOCK=tile.block_m,
+            COUNT_A=of_a.blocks, COUNT_B=of_b.blocks, BLOCK=tile.block_m,
         ),
         tile,
         bytes_read=a.nbytes + b.nbytes,
         bytes_written=a_out.nbytes + b_out.nbytes,
-        flops=of_a.size * of_a.count + of_b.size * of_b.count,
+        flops=of_a.size * of_a.blocks + of_b.size * of_b.blocks,
     ).run()  # fmt: skip
 
 
 def sum_blocks(a: Tensor, b: Tensor, of_a: Stack, of_b: Stack, *, tile: Tile = _TILE) -> tuple[Tensor, Tensor]:
     """Σ_i A_i [r, K] and Σ_j B_j [N, r] of a [M·r, K] and b [N, C·r], contiguous; summed in fp32, rounded once."""
-    a_out = torch.empty(a.shape[0] // of_a.count, a.shape[1], dtype=a.dtype, device=a.device)
-    b_out = torch.empty(b.shape[0], b.shape[1] // of_b.count, dtype=b.dtype, device=b.device)
+    a_out = torch.empty(a.shape[0] // of_a.blocks, a.shape[1], dtype=a.dtype, device=a.device)
+    b_out = torch.empty(b.shape[0], b.shape[1] // of_b.blocks, dtype=b.dtype, device=b.device)
     _launch(_sum_blocks_kernel, a, b, a_out, b_out, of_a, of_b, tile)
     return a_out, b_out
 
 
 def repeat_blocks(a: Tensor, b: Tensor, of_a: Stack, of_b: Stack, *, tile: Tile = _TILE) -> tuple[Tensor, Tensor]:
     """a [r, K] to each block of [M·r, K], and b [N, r] to each of [N, C·r]: the gradient of `sum_blocks`."""
-    a_out = torch.empty(a.shape[0] * of_a.count, a.shape[1], dtype=a.dtype, device=a.device)
-    b_out = torch.empty(b.shape[0], b.shape[1] * of_b.count, dtype=b.dtype, device=b.device)
+    a_out = torch.empty(a.shape[0] * of_a.blocks, a.shape[1], dtype=a.dtype, device=a.device)
+    b_out = torch.empty(b.shape[0], b.shape[1] * of_b.blocks, dtype=b.dtype, device=b.device)
     _launch(_repeat_blocks_kernel, a, b, a_out, b_out, of_a, of_b, tile)
     return a_out, b_out

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from .add import lowrank_add
 from .checkpoint import load_adapter, save_adapter
 from .config import AdapterConfig
-from .errors import CheckpointError, LowRankFusedError, SingularPivotError, UnsupportedError
+from .errors import CheckpointError, LaunchError, LowRankFusedError, SingularPivotError, UnsupportedError
 from .inject import disable, inject, merge, remove, unmerge
 from .layers import LowRankLinear
 from .linear import lowrank_linear, lowrank_linear_ref
@@ -19,6 +20,7 @@ __all__ = [
     "AdapterConfig",
     "CheckpointError",
     "Gate",
+    "LaunchError",
     "LowRankFusedError",
     "LowRankLinear",
     "SingularPivotError",
@@ -29,6 +31,7 @@ __all__ = [
     "initialize_eva",
     "inject",
     "load_adapter",
+    "lowrank_add",
     "lowrank_linear",
     "lowrank_linear_ref",
     "merge",

@@ -22,7 +22,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["draw_keep", "draw_seed", "pack", "threshold", "unpack", "unpadded", "zero_dropped"]
+__all__ = [
+    "draw_keep",
+    "draw_seed",
+    "keep_of",
+    "pack",
+    "pack_any",
+    "rows_at_a_time",
+    "threshold",
+    "unpack",
+    "unpadded",
+    "zero_dropped",
+]
 
 
 def _signed(value: int, bits: int) -> int:
@@ -61,7 +72,7 @@ def draw_keep(seed: Tensor, m: int, k: int, p: float) -> Tensor:
     rows = (torch.arange(m, device=seed.device) * words).to(torch.int32).mul_(_GOLDEN).add_(low)
     columns = torch.arange(words, dtype=torch.int32, device=seed.device).mul_(_GOLDEN)
     keep = torch.empty(m, 2 * words, dtype=torch.bool, device=seed.device)
-    step = _rows_at_a_time(keep)
+    step = rows_at_a_time(keep)
     for some, kept in zip(rows.split(step), keep.split(step), strict=True):
         h = some[:, None] + columns
         _xor_shift_(h, 16).mul_(_MIX_1).add_(high)
@@ -71,7 +82,12 @@ def draw_keep(seed: Tensor, m: int, k: int, p: float) -> Tensor:
     return keep
 
 
-def _rows_at_a_time(t: Tensor) -> int:
+def keep_of(source: Tensor, m: int, k: int, p: float) -> Tensor:
+    """The mask of an [m, k] input as booleans, at least k columns: drawn from a seed, or read from packed bits."""
+    return unpack(source, k) if source.dtype == torch.uint8 else draw_keep(source, m, k, p)
+
+
+def rows_at_a_time(t: Tensor) -> int:
     """How many rows to send through several passes: on a CPU what its caches hold, elsewhere all."""
     m, k = t.shape
     return max(1, _ELEMENTS_AT_A_TIME // max(1, k) if t.device.type == "cpu" else m)
@@ -86,6 +102,13 @@ def _xor_shift_(h: Tensor, by: int) -> Tensor:
 def pack(keep: Tensor) -> Tensor:
     """Booleans [M, 8 n] -> uint8 [M, n]."""
     return ((keep.view(torch.int64) * _GATHER_BITS) >> 56).to(torch.uint8)
+
+
+def pack_any(keep: Tensor) -> Tensor:
+    """Booleans [..., K], any strides and any K -> uint8 [M, ⌈K / 8⌉]."""
+    rows = keep.reshape(-1, keep.shape[-1])
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % 8))
+    return pack(rows.contiguous())
 
 
 def unpack(bits: Tensor, k: int) -> Tensor:
@@ -109,7 +132,7 @@ def zero_dropped(x: Tensor, keep: Tensor, out: Tensor | None = None) -> Tensor:
     integer = _INTEGER_OF_SIZE[x.element_size()]
     out = torch.empty_like(x) if out is None else out
     keep = unpadded(keep, x.shape[1])
-    step = _rows_at_a_time(x)
+    step = rows_at_a_time(x)
     for some, kept, into in zip(x.split(step), keep.split(step), out.split(step), strict=True):
         ones = kept.view(torch.int8).to(integer).neg_()
         torch.bitwise_and(ones, some.view(integer), out=into.view(integer))

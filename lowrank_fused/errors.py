@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "LowRankFusedError", "SingularPivotError", "UnsupportedError"]
+__all__ = ["CheckpointError", "LaunchError", "LowRankFusedError", "SingularPivotError", "UnsupportedError"]
 
 
 class LowRankFusedError(Exception):
@@ -11,6 +11,10 @@ class LowRankFusedError(Exception):
 
 class UnsupportedError(LowRankFusedError, RuntimeError):
     """A request that is well formed but cannot be served here: a route, a layer, a device, a derivative."""
+
+
+class LaunchError(LowRankFusedError, RuntimeError):
+    """A kernel or library call that failed inside of a layer, with the layer's name and the way around it."""
 
 
 class CheckpointError(LowRankFusedError, ValueError):

@@ -1,8 +1,10 @@
-"""The engine as two operators of torch.library: schema, fake implementation, CPU and CUDA implementations.
+"""The engine as operators of torch.library: schema, fake implementation, CPU and CUDA implementations.
 
-`lowrank_fused::forward` and `lowrank_fused::backward` are pure functions of their arguments (the dropout seed is
-one of them) and know no autograd; `linear.py` puts an autograd Function above them. Optional results that were not
-asked for come back as empty tensors, since an operator's outputs are never None.
+`lowrank_fused::forward`, `lowrank_fused::add_` (for a product that somebody else computed, in place) and
+`lowrank_fused::backward` are functions of their arguments alone (what the dropout mask comes from is one of them) and
+know no autograd; `linear.py` and `add.py` put autograd Functions above them. Optional results that were not asked for
+come back as empty tensors, since an operator's outputs are never None; nor do they alias an argument, so a mask that
+was given does not come back.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from .library import define
 from .routes import implementation
 from .routes.problem import Options, Saved
 
-__all__ = ["backward", "forward"]
+__all__ = ["add_", "backward", "forward"]
 
 
 def _readable(rows: Tensor) -> Tensor:
@@ -23,29 +25,49 @@ def _readable(rows: Tensor) -> Tensor:
     return rows.contiguous() if gaps else rows
 
 
-def _forward(x, weight, a, b, core, bias, seed, *, scale, core_kind, dropout_p, wants, route):
-    options = Options(scale, core_kind, dropout_p, *wants)
+def _forward(x, weight, a, b, core, bias, drop, *, scale, core_kind, dropout_p, wants, route):
+    o = Options(scale, core_kind, dropout_p, *wants)
     x = _readable(x)
-    y, saved = implementation(route, x).forward(x, weight, a, b, core, bias, seed, options)
-    return y, _or_empty(saved.s if options.keeps_s else None, x), _or_empty(_kept_mask(saved, options), x)
+    y, saved = implementation(route, x).forward(x, weight, a, b, core, bias, drop, o)
+    return y, *_kept(saved, drop, x, o)
 
 
-def _kept_mask(saved: Saved, options: Options) -> Tensor | None:
-    return saved.mask if options.keeps_mask else None
+def _forward_fake(x, weight, a, b, core, bias, drop, *, scale, core_kind, dropout_p, wants, route):
+    o = Options(scale, core_kind, dropout_p, *wants)
+    return x.new_empty(x.shape[0], weight.shape[0]), *_kept_fake(x, a, drop, o, route)
 
 
-def _forward_fake(x, weight, a, b, core, bias, seed, *, scale, core_kind, dropout_p, wants, route):
-    options = Options(scale, core_kind, dropout_p, *wants)
+def _add(y, x, a, b, core, drop, *, scale, core_kind, dropout_p, wants, route):
+    o = Options(scale, core_kind, dropout_p, *wants)
+    x = _readable(x)
+    return _kept(implementation(route, x).add_forward(y, x, a, b, core, drop, o), drop, x, o)
+
+
+def _add_fake(y, x, a, b, core, drop, *, scale, core_kind, dropout_p, wants, route):
+    return _kept_fake(x, a, drop, Options(scale, core_kind, dropout_p, *wants), route)
+
+
+def _draws(drop: Tensor | None, o: Options) -> bool:
+    """Whether a mask is made here and needed again."""
+    return drop is not None and drop.dtype != torch.uint8 and o.keeps_mask
+
+
+def _kept(saved: Saved, drop: Tensor | None, x: Tensor, o: Options) -> tuple[Tensor, Tensor]:
+    return _or_empty(saved.s if o.keeps_s else None, x), _or_empty(saved.mask if _draws(drop, o) else None, x)
+
+
+def _kept_fake(x: Tensor, a: Tensor, drop: Tensor | None, o: Options, route: str) -> tuple[Tensor, Tensor]:
     m, k = x.shape
-    s = x.new_empty(m, a.shape[0]) if options.keeps_s else None
-    mask = x.new_empty(m, (k + 7) // 8, dtype=torch.uint8) if dropout_p and options.keeps_mask else None
-    return x.new_empty(m, weight.shape[0]), _or_empty(s, x), _or_empty(mask, x)
+    dtype = torch.promote_types(x.dtype, torch.float32) if route == "precise" else x.dtype
+    s = x.new_empty(m, a.shape[0], dtype=dtype) if o.keeps_s else None
+    mask = x.new_empty(m, (k + 7) // 8, dtype=torch.uint8) if _draws(drop, o) else None
+    return _or_empty(s, x), _or_empty(mask, x)
 
 
 def _backward(dy, x, weight, a, b, core, s, mask, *, scale, core_kind, dropout_p, wants, route):
-    options = Options(scale, core_kind, dropout_p, *wants)
+    o = Options(scale, core_kind, dropout_p, *wants)
     dy = _readable(dy)
-    grads = implementation(route, dy).backward(dy, x, weight, a, b, core, Saved(s, mask), options)
+    grads = implementation(route, dy).backward(dy, x, weight, a, b, core, Saved(s, mask), o)
     leaves = ((grads.a, a), (grads.b, b), (grads.core, core))
     small = [_or_empty(None if g is None else g.to(leaf.dtype).contiguous(), dy) for g, leaf in leaves]
     return _or_empty(grads.x, dy), *small, _or_empty(grads.bias, dy)
@@ -54,12 +76,12 @@ def _backward(dy, x, weight, a, b, core, s, mask, *, scale, core_kind, dropout_p
 def _backward_fake(dy, x, weight, a, b, core, s, mask, *, scale, core_kind, dropout_p, wants, route):
     o = Options(scale, core_kind, dropout_p, *wants)
     return (
-        _or_empty(dy.new_empty(dy.shape[0], weight.shape[1]) if o.wants_x else None, dy),
+        _or_empty(dy.new_empty(dy.shape[0], a.shape[1]) if o.wants_x else None, dy),
         *(
             _or_empty(torch.empty_like(leaf, memory_format=torch.contiguous_format) if wanted else None, dy)
             for leaf, wanted in ((a, o.wants_a), (b, o.wants_b), (core, o.wants_core))
         ),
-        _or_empty(dy.new_empty(weight.shape[0]) if o.wants_bias else None, dy),
+        _or_empty(dy.new_empty(dy.shape[1]) if o.wants_bias else None, dy),
     )
 
 
@@ -68,13 +90,19 @@ def _or_empty(value: Tensor | None, like: Tensor) -> Tensor:
 
 
 forward = define(
-    "forward(Tensor x, Tensor weight, Tensor a, Tensor b, Tensor? core, Tensor? bias, Tensor? seed, *, "
+    "forward(Tensor x, Tensor weight, Tensor a, Tensor b, Tensor? core, Tensor? bias, Tensor? drop, *, "
     "float scale, str core_kind, float dropout_p, bool[] wants, str route) -> (Tensor y, Tensor s, Tensor mask)",
     _forward,
     _forward_fake,
 )
+add_ = define(
+    "add_(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor? core, Tensor? drop, *, "
+    "float scale, str core_kind, float dropout_p, bool[] wants, str route) -> (Tensor s, Tensor mask)",
+    _add,
+    _add_fake,
+)
 backward = define(
-    "backward(Tensor dy, Tensor? x, Tensor weight, Tensor a, Tensor b, Tensor? core, Tensor? s, Tensor? mask, *, "
+    "backward(Tensor dy, Tensor? x, Tensor? weight, Tensor a, Tensor b, Tensor? core, Tensor? s, Tensor? mask, *, "
     "float scale, str core_kind, float dropout_p, bool[] wants, str route) "
     "-> (Tensor dx, Tensor da, Tensor db, Tensor dcore, Tensor dbias)",
     _backward,

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_fused import UnsupportedError
-from lowrank_fused.linear import routes_for
+from lowrank_fused.operands import routes_for
 from lowrank_fused.routes import ROUTES, choose, implementation, unavailable
 from lowrank_fused.routes.problem import Options
 from lowrank_fused.target import CPU, Target
@@ -60,7 +60,7 @@ def test_unavailable_says_why(monkeypatch):
         implementation("split", torch.zeros(2, 2))
     o = Operands.random(4, 5, 6, 2)
     with pytest.raises(UnsupportedError, match="route 'split' cannot run"):
-        routes_for(o.x, o.weight, o.a, 0.0, "split")
+        routes_for(o.x, (5, 6), o.a, o.b, 0.0, "split")
 
 
 class CountProducts(TorchDispatchMode):

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import UnsupportedError
-from ..linear import lowrank_linear, routes_for
+from ..linear import lowrank_linear
+from ..operands import routes_for
 from ..routes import ROUTES, unavailable
 from .case import Case, Operands
 
@@ -60,7 +61,7 @@ class Provider:
         """What "auto" stands for here, forward / backward; None for every other provider."""
         if self.name.removesuffix(FP32) != "auto":
             return None
-        return " / ".join(routes_for(o.x, o.weight, o.a, dropout_p))
+        return " / ".join(routes_for(o.x, (o.weight.shape[0], o.weight.shape[1]), o.a, o.b, dropout_p))
 
     def leaves(self, o: Operands) -> tuple[Tensor, ...]:
         """The tensors whose gradients this provider makes."""

@@ -4,6 +4,7 @@
 |-------------|-----------------------------------------------------------------------------|
 | `reference` | the formula in plain PyTorch, any dtype                                      |
 | `addmm`     | library GEMMs, the low-rank term added in place; CPU default, floor on a GPU  |
+| `precise`   | library GEMMs that do not round fp32 factors beside 16-bit x; by request       |
 | `thin`      | Triton thin kernels around one library GEMM that adds into their output       |
 | `split`     | thin kernels and Triton GEMMs that carry the low-rank term in the accumulator |
 
@@ -21,12 +22,13 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..target import Target, interpreting, target_of
-from . import addmm, reference
+from . import addmm, precise, reference
 from .problem import Route
 
 __all__ = ["ROUTES", "choose", "implementation", "unavailable"]
 
-ROUTES = ("reference", "addmm", "thin", "split")
+ROUTES = ("reference", "addmm", "precise", "thin", "split")
+_LIBRARY = {"reference": reference, "addmm": addmm, "precise": precise}
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -80,7 +82,7 @@ def unavailable(route: str, device: torch.device, dtype: torch.dtype) -> str | N
     """Why this route cannot serve such a call, or None when it can."""
     if route not in ROUTES:
         return f"unknown route {route!r}; choose auto or one of {', '.join(ROUTES)}"
-    if route in ("reference", "addmm"):
+    if route in _LIBRARY:
         return None
     if dtype not in _KERNEL_DTYPES:
         return f"kernels take bfloat16, float16 and float32, not {dtype}"
@@ -95,9 +97,9 @@ def implementation(route: str, like: Tensor) -> Route:
     """What has the forward() and backward() of a route; kernels are imported on first use."""
     if reason := unavailable(route, like.device, like.dtype):
         raise UnsupportedError(f"route {route!r} cannot run: {reason}")
-    if route == "reference":
-        return reference
-    if route == "addmm" or like.shape[0] == 0:
+    if route in _LIBRARY:
+        return _LIBRARY[route]
+    if like.shape[0] == 0:
         return addmm
     from .fused import SPLIT, THIN
 

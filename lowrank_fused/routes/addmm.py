@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dropout import draw_keep, pack, unpack, zero_dropped
+from ..dropout import keep_of, pack, unpack, zero_dropped
 from .cores import core_forward, core_grad, core_input_grad
 from .problem import Grads, Options, Saved
 
-__all__ = ["backward", "forms_weight", "forward"]
+__all__ = ["add_forward", "backward", "forms_weight", "forward"]
 
 
 def forward(
@@ -26,29 +26,36 @@ def forward(
     b: Tensor,
     core: Tensor | None,
     bias: Tensor | None,
-    seed: Tensor | None,
+    drop: Tensor | None,
     o: Options,
 ) -> tuple[Tensor, Saved]:
     """y = x Wᵀ + bias, then y += scale · core(s) Bᵀ in place; x [M, K]."""
     if forms_weight(x.shape[0], weight.shape[1], a.shape[0], x.dtype, o):
         s = x @ a.to(x.dtype).t() if o.keeps_s else None
         return torch.nn.functional.linear(x, _formed(weight, a, b, core, o), bias), Saved(s, None)
+    y = torch.nn.functional.linear(x, weight, bias)
+    return y, add_forward(y, x, a, b, core, drop, o)
+
+
+def add_forward(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, core: Tensor | None, drop: Tensor | None, o: Options
+) -> Saved:
+    """y += scale · core(s) Bᵀ in place."""
     mask = None
     dropped = x
-    if seed is not None:
-        keep = draw_keep(seed, x.shape[0], x.shape[1], o.dropout_p)
-        mask = pack(keep)
+    if drop is not None:
+        keep = keep_of(drop, x.shape[0], x.shape[1], o.dropout_p)
+        mask = drop if drop.dtype == torch.uint8 else pack(keep)
         dropped = zero_dropped(x, keep)
     s = _scaled_mm(dropped, a.to(x.dtype).t(), o.keep_scale)
-    y = torch.nn.functional.linear(x, weight, bias)
     y.addmm_(core_forward(s, o.core_kind, core), b.to(x.dtype).t(), alpha=o.scale)
-    return y, Saved(s, mask)
+    return Saved(s, mask)
 
 
 def backward(
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     a: Tensor,
     b: Tensor,
     core: Tensor | None,
@@ -58,14 +65,13 @@ def backward(
     """Gradients that `o` asks for; one product with dy gives gv, everything of the core lives on [M, R]."""
     grads = Grads()
     s, mask = saved
-    keep = None if mask is None else unpack(mask, weight.shape[1])
+    keep = None if mask is None else unpack(mask, a.shape[1])
     if o.wants_b and s is not None:
         # The transpose of dyᵀ v: libraries are faster with the long dimension last.
         grads.b = _scaled_mm(core_forward(s, o.core_kind, core).t(), dy, o.scale).t()
-    forms = o.wants_x and forms_weight(dy.shape[0], weight.shape[0], a.shape[0], dy.dtype, o)
-    if forms:
+    if o.wants_x and weight is not None and forms_weight(dy.shape[0], weight.shape[0], a.shape[0], dy.dtype, o):
         grads.x = dy @ _formed(weight, a, b, core, o)
-    if o.wants_a or o.wants_core or (o.wants_x and not forms):
+    if o.wants_a or o.wants_core or (o.wants_x and grads.x is None):
         gv = _scaled_mm(dy, b.to(dy.dtype), o.scale)
         if o.wants_core and s is not None:
             grads.core = core_grad(gv, s, o.core_kind)
@@ -74,7 +80,7 @@ def backward(
         if o.wants_a and x is not None:
             dropped = x if keep is None else zero_dropped(x, keep)
             grads.a = _scaled_mm(ds.t(), dropped, o.keep_scale)
-        if o.wants_x and not forms:
+        if o.wants_x and grads.x is None:
             scratch = None if dropped is x else dropped
             grads.x = _input_grad(dy, weight, a.to(dy.dtype), ds, keep, o.keep_scale, scratch)
     if o.wants_bias:
@@ -102,16 +108,23 @@ def _formed(weight: Tensor, a: Tensor, b: Tensor, core: Tensor | None, o: Option
 
 
 def _input_grad(
-    dy: Tensor, weight: Tensor, a: Tensor, ds: Tensor, keep: Tensor | None, keep_scale: float, scratch: Tensor | None
+    dy: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    ds: Tensor,
+    keep: Tensor | None,
+    keep_scale: float,
+    scratch: Tensor | None,
 ) -> Tensor:
     """dx = dy W + mask ∘ (ds A), the library adding the second product into the first, or the reverse.
 
     `scratch`, if any, is a tensor like dx to write into: fresh memory of that size costs more than the product.
     """
     if keep is None:
-        return (dy @ weight).addmm_(ds, a)
+        return ds @ a if weight is None else (dy @ weight).addmm_(ds, a)
     dx = _scaled_mm(ds, a, keep_scale, out=scratch)
-    return zero_dropped(dx, keep, out=dx).addmm_(dy, weight)
+    zero_dropped(dx, keep, out=dx)
+    return dx if weight is None else dx.addmm_(dy, weight)
 
 
 def _scaled_mm(p: Tensor, q: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lowrank_fused.kernels.dy_factors import dy_factors, one_pass_max_rank
@@ -43,24 +44,28 @@ class KernelRoute:
         b: Tensor,
         core: Tensor | None,
         bias: Tensor | None,
-        seed: Tensor | None,
+        drop: Tensor | None,
         o: Options,
     ) -> tuple[Tensor, Saved]:
         """y and what backward needs; x [M, K]."""
-        s, v, mask = shrink(
-            x, a, scale=o.scale, core=core, core_kind=o.core_kind,
-            dropout_p=o.dropout_p, seed=seed, keep_s=o.keeps_s,
-        )  # fmt: skip
-        saved = Saved(s if o.keeps_s else None, mask if o.dropout_p else None)
+        v, saved = _shrunk(x, a, core, drop, o)
         if self.carries:
             return lowrank_forward(x, weight, v, b, bias=bias), saved
         return expand(v, b, bias=bias).addmm_(x, weight.t()), saved
+
+    def add_forward(
+        self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, core: Tensor | None, drop: Tensor | None, o: Options
+    ) -> Saved:
+        """y += v Bᵀ in place, by the library."""
+        v, saved = _shrunk(x, a, core, drop, o)
+        y.addmm_(v, b.to(v.dtype).t())
+        return saved
 
     def backward(
         self,
         dy: Tensor,
         x: Tensor | None,
-        weight: Tensor,
+        weight: Tensor | None,
         a: Tensor,
         b: Tensor,
         core: Tensor | None,
@@ -73,17 +78,27 @@ class KernelRoute:
         if not (wants_ds or o.wants_b or o.wants_core):
             return grads
         ds = _dy_side(dy, b, core, saved.s, o, grads)
-        dx0 = None
+        dx0, carrier = None, weight if self.carries else None
         if o.wants_a and x is not None:
-            wants_dx0 = o.wants_x and not self.carries
+            wants_dx0 = o.wants_x and carrier is None
             grads.a, dx0 = x_factors(x, ds, a, mask=saved.mask, dropout_p=o.dropout_p, want_dx0=wants_dx0)
-        if o.wants_x and self.carries:
-            grads.x = grad_input(dy, weight, ds, a, mask=saved.mask, dropout_p=o.dropout_p)
+        if o.wants_x and carrier is not None:
+            grads.x = grad_input(dy, carrier, ds, a, mask=saved.mask, dropout_p=o.dropout_p)
         elif o.wants_x:
             if dx0 is None:
                 dx0 = expand(ds, a.t(), mask=saved.mask, dropout_p=o.dropout_p)
-            grads.x = dx0.addmm_(dy, weight)
+            grads.x = dx0 if weight is None else dx0.addmm_(dy, weight)
         return grads
+
+
+def _shrunk(x: Tensor, a: Tensor, core: Tensor | None, drop: Tensor | None, o: Options) -> tuple[Tensor, Saved]:
+    """v = scale · core(s), and what backward needs."""
+    bits = drop if drop is not None and drop.dtype == torch.uint8 else None
+    s, v, mask = shrink(
+        x, a, scale=o.scale, core=core, core_kind=o.core_kind,
+        dropout_p=o.dropout_p, seed=drop if bits is None else None, bits=bits, keep_s=o.keeps_s,
+    )  # fmt: skip
+    return v, Saved(s if o.keeps_s else None, mask if o.dropout_p else None)
 
 
 def _dy_side(dy: Tensor, b: Tensor, core: Tensor | None, s: Tensor | None, o: Options, grads: Grads) -> Tensor:

@@ -23,6 +23,11 @@ class Options(NamedTuple):
     wants_bias: bool
 
     @property
+    def wants(self) -> tuple[bool, ...]:
+        """Which gradients are asked for, in the order x, a, b, core, bias."""
+        return self[3:]
+
+    @property
     def keep_scale(self) -> float:
         """What an element that dropout keeps is multiplied by."""
         return 1.0 / (1.0 - self.dropout_p)
@@ -72,20 +77,35 @@ class Route(Protocol):
         b: Tensor,
         core: Tensor | None,
         bias: Tensor | None,
-        seed: Tensor | None,
+        drop: Tensor | None,
         o: Options,
     ) -> tuple[Tensor, Saved]:
-        """y [M, N] and what backward needs; `seed` is None without dropout."""
+        """y [M, N] and what backward needs; `drop` is the mask's seed, its packed bits, or None without dropout."""
+
+    def add_forward(
+        self,
+        y: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        core: Tensor | None,
+        drop: Tensor | None,
+        o: Options,
+    ) -> Saved:
+        """y += scale · core(drop(x) Aᵀ) Bᵀ in place, and what backward needs."""
 
     def backward(
         self,
         dy: Tensor,
         x: Tensor | None,
-        weight: Tensor,
+        weight: Tensor | None,
         a: Tensor,
         b: Tensor,
         core: Tensor | None,
         saved: Saved,
         o: Options,
     ) -> Grads:
-        """The gradients that `o` asks for; x, saved.s and saved.mask are None where `o` does not keep them."""
+        """The gradients that `o` asks for; x, saved.s and saved.mask are None where `o` does not keep them.
+
+        Without a weight dx is that of the low-rank part alone.
+        """

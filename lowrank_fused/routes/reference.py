@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dropout import draw_keep, pack, unpack, unpadded
+from ..dropout import keep_of, pack, unpack, unpadded
 from ..terms import Core, Gate
 from .cores import core_forward, core_grad, core_input_grad
 from .problem import Grads, Options, Saved
 
-__all__ = ["backward", "forward", "lowrank_linear_ref"]
+__all__ = ["add_forward", "backward", "forward", "lowrank_linear_ref"]
 
 
 def lowrank_linear_ref(
@@ -61,21 +61,31 @@ def forward(
     b: Tensor,
     core: Tensor | None,
     bias: Tensor | None,
-    seed: Tensor | None,
+    drop: Tensor | None,
     o: Options,
 ) -> tuple[Tensor, Saved]:
     """y and what backward needs; x [M, K]."""
+    y = F.linear(x, weight, bias)
+    return y, add_forward(y, x, a, b, core, drop, o)
+
+
+def add_forward(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, core: Tensor | None, drop: Tensor | None, o: Options
+) -> Saved:
+    """y += scale · core(s) Bᵀ in place."""
     m, k = x.shape
-    keep = None if seed is None else draw_keep(seed, m, k, o.dropout_p)
+    keep = None if drop is None else keep_of(drop, m, k, o.dropout_p)
     s = _dropped(x, None if keep is None else unpadded(keep, k), o.dropout_p) @ a.to(x.dtype).t()
-    low_rank = core_forward(s, o.core_kind, core) @ b.to(x.dtype).t()
-    return F.linear(x, weight, bias) + o.scale * low_rank, Saved(s, None if keep is None else pack(keep))
+    y.add_(core_forward(s, o.core_kind, core) @ b.to(x.dtype).t(), alpha=o.scale)
+    if keep is None or drop is None:
+        return Saved(s, None)
+    return Saved(s, drop if drop.dtype == torch.uint8 else pack(keep))
 
 
 def backward(
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     a: Tensor,
     b: Tensor,
     core: Tensor | None,
@@ -84,11 +94,12 @@ def backward(
 ) -> Grads:
     """The gradients that `o` asks for, one formula each."""
     s, mask = saved
-    keep = None if mask is None else unpack(mask, weight.shape[1])
+    keep = None if mask is None else unpack(mask, a.shape[1])
     gv = o.scale * (dy @ b.to(dy.dtype))
     ds = core_input_grad(gv, o.core_kind, core)
+    dx = _dropped(ds @ a.to(dy.dtype), keep, o.dropout_p) if o.wants_x else None
     return Grads(
-        x=dy @ weight + _dropped(ds @ a.to(dy.dtype), keep, o.dropout_p) if o.wants_x else None,
+        x=dx if dx is None or weight is None else dy @ weight + dx,
         a=ds.t() @ _dropped(x, keep, o.dropout_p) if o.wants_a and x is not None else None,
         b=o.scale * (dy.t() @ core_forward(s, o.core_kind, core)) if o.wants_b and s is not None else None,
         core=core_grad(gv, s, o.core_kind) if o.wants_core and s is not None else None,

@@ -33,10 +33,16 @@ def _forward(
     return 2 * m * (n * k + k * a[0] + n * b[1]) + _core_flops(m, core, core_kind)
 
 
+def _add(y: Shape, x: Shape, a: Shape, b: Shape, core: Shape | None, *_: Any, core_kind: str, **__: Any) -> int:
+    """drop(x) Aᵀ, v Bᵀ."""
+    m, k = x
+    return 2 * m * (k * a[0] + y[1] * b[1]) + _core_flops(m, core, core_kind)
+
+
 def _backward(
     dy: Shape,
     x: Shape | None,
-    weight: Shape,
+    weight: Shape | None,
     a: Shape,
     b: Shape,
     core: Shape | None,
@@ -45,9 +51,9 @@ def _backward(
     wants: Sequence[bool],
     **__: Any,
 ) -> int:
-    """dy B, unless B alone is trained; dyᵀ v; dsᵀ drop(x); dy W and ds A."""
+    """dy B, unless B alone is trained; dyᵀ v; dsᵀ drop(x); dy W, if there is a W, and ds A."""
     wants_x, wants_a, wants_b, wants_core, _bias = wants
-    (m, n), k = dy, weight[1]
+    (m, n), k = dy, a[1]
     down = 2 * m * n * b[1]
     through_core = _core_flops(m, core, core_kind)
     return (
@@ -56,7 +62,7 @@ def _backward(
         + (down + through_core) * wants_b
         + through_core * wants_core
         + 2 * m * a[0] * k * wants_a
-        + 2 * m * k * (n + a[0]) * wants_x
+        + 2 * m * k * (a[0] + (0 if weight is None else n)) * wants_x
     )
 
 
@@ -75,6 +81,7 @@ def _packet(operator: Any) -> Any:
 
 FORMULAS: dict[Any, Callable[..., int]] = {
     _packet(ops.forward): _forward,
+    _packet(ops.add_): _add,
     _packet(ops.backward): _backward,
     _packet(weight_factor.weight_factor_op): _weight_factor,
     _packet(weight_factor.weight_factor_grad_op): _weight_factor_grad,

@@ -1,0 +1,135 @@
+"""The low-rank term beside a product that somebody else computes, a quantised layer say: `lowrank_add()`.
+
+    y' = y + scale · out · core(drop(x) Aᵀ) Bᵀ
+    dx = mask ∘ (ds A),   dy = dy',   dA, dB, dcore, dout
+
+x is read once forward and once backward, and the term is added in the library's product rather than written first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .operands import (
+    check_dtypes,
+    check_factors,
+    core_tensor,
+    mask_source,
+    named_failures,
+    options_of,
+    routes_for,
+    rows_of,
+    run_backward,
+    save_for_backward,
+    without_autocast,
+)
+from .routes.problem import Options
+from .terms import Core, core_kind
+
+__all__ = ["lowrank_add"]
+
+
+class LowRankAddFunction(torch.autograd.Function):
+    """Run the operator that adds in place, on y or a copy of it; backward hands dy on and computes the rest."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        core: Tensor | None,
+        drop: Tensor | None,
+        options: Options,
+        routes: tuple[str, str],
+        inplace: bool,
+        label: str | None,
+    ) -> Tensor:
+        if inplace:
+            ctx.mark_dirty(y)
+        else:
+            y = y.clone(memory_format=torch.contiguous_format)
+        s, mask = _run(y, x, a, b, core, drop, options, routes[0], label)
+        save_for_backward(ctx, None, x, a, b, core, s, mask, drop, options)
+        ctx.route, ctx.label = routes[1], label
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx, da, db, dcore, _ = run_backward(ctx, dy)
+        return dy, dx, da, db, dcore, None, None, None, None, None
+
+
+def _run(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    core: Tensor | None,
+    drop: Tensor | None,
+    o: Options,
+    route: str,
+    label: str | None,
+) -> tuple[Tensor, Tensor]:
+    failures = contextlib.nullcontext() if label is None else named_failures(label, route)
+    with failures, without_autocast(x.device.type):
+        return ops.add_(
+            y.view(-1, y.shape[-1]), rows_of(x), a, b, core, drop,
+            scale=o.scale, core_kind=o.core_kind, dropout_p=o.dropout_p, wants=o.wants, route=route,
+        )  # fmt: skip
+
+
+def lowrank_add(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    core: Core = None,
+    out: Tensor | None = None,
+    dropout_p: float = 0.0,
+    route: str = "auto",
+    precision: str = "fast",
+    seed: Tensor | None = None,
+    keep: Tensor | None = None,
+    label: str | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """y + scale · out · core(drop(x) Aᵀ) Bᵀ, differentiable in all of them.
+
+    y [..., N] and x [..., K] share leading dimensions; if their dtypes differ the term is formed in x's and added in
+    y's. `inplace=True` writes into y, which nobody else may need as it was: not for a leaf, a view or a result that
+    its own backward looks at. Everything else is as in `lowrank_linear`, and so is what is kept for backward.
+    """
+    kind, middle = core_kind(core), core_tensor(core)
+    if y.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"y must have a row for each of x's, got y {list(y.shape)} and x {list(x.shape)}")
+    shape = (y.shape[-1], x.shape[-1])
+    check_factors(x, shape, a, b, middle, kind, {"out": out, "y": y})
+    drop = mask_source(x, dropout_p, seed, keep)
+    if torch.is_autocast_enabled(x.device.type):
+        x, precision = x.to(torch.get_autocast_dtype(x.device.type)), "fast"
+    check_dtypes(x, a, b)
+    if isinstance(scale, Tensor):
+        b, scale = b * scale.to(b.dtype), 1.0
+    if out is not None:
+        b = b * out.to(b.dtype)[:, None]
+    options = options_of(scale, kind, dropout_p, x, a, b, middle, None)
+    routes = routes_for(x, shape, a, b, dropout_p, route, precision)
+    into = y if y.dtype == x.dtype else y.new_zeros(y.shape, dtype=x.dtype)
+    # A compiler decides by itself where the copy can be left out.
+    fresh = into is not y or (inplace and y.is_contiguous() and not torch.compiler.is_compiling())
+    if any(options.wants):
+        result = LowRankAddFunction.apply(into, x, a, b, middle, drop, options, routes, fresh, label)
+    else:
+        result = into if fresh else into.clone(memory_format=torch.contiguous_format)
+        _run(result, x, a, b, middle, drop, options, routes[0], label)
+    return result if into is y else y + result.to(y.dtype)

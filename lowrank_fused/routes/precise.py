@@ -1,0 +1,107 @@
+"""Route `precise`: factors of fp32 beside a 16-bit x and W, multiplied as they are. Any device and floating dtype.
+
+    y = x Wᵀ + bias rounded to x's dtype, then + scale · core(drop(x) Aᵀ) Bᵀ in fp32, rounded again
+
+This is what a 16-bit layer with an fp32 adapter computes outside of autocast (PEFT's default), where the other routes
+round A and B to x's dtype. x and dy are widened a block of rows at a time and never as a whole on a CPU; s is kept in
+fp32, x in its own dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..dropout import keep_of, pack, rows_at_a_time, unpack, zero_dropped
+from .cores import core_forward, core_grad, core_input_grad
+from .problem import Grads, Options, Saved
+
+__all__ = ["add_forward", "backward", "forward"]
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    core: Tensor | None,
+    bias: Tensor | None,
+    drop: Tensor | None,
+    o: Options,
+) -> tuple[Tensor, Saved]:
+    """y and what backward needs; x [M, K]."""
+    y = F.linear(x, weight, bias)
+    return y, add_forward(y, x, a, b, core, drop, o)
+
+
+def add_forward(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, core: Tensor | None, drop: Tensor | None, o: Options
+) -> Saved:
+    """y += scale · core(s) Bᵀ in place."""
+    a, b = _widened(a), _widened(b)
+    keep = None if drop is None else keep_of(drop, x.shape[0], x.shape[1], o.dropout_p)
+    s = torch.empty(x.shape[0], a.shape[0], dtype=a.dtype, device=x.device)
+    for rows in _blocks(x):
+        torch.mm(_dropped(x, keep, rows), a.t(), out=s[rows]).mul_(o.keep_scale)
+    v = core_forward(s, o.core_kind, core)
+    for rows in _blocks(y):
+        y[rows].add_(v[rows] @ b.t(), alpha=o.scale)
+    if keep is None or drop is None:
+        return Saved(s, None)
+    return Saved(s, drop if drop.dtype == torch.uint8 else pack(keep))
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    core: Tensor | None,
+    saved: Saved,
+    o: Options,
+) -> Grads:
+    """Gradients that `o` asks for: one pass over dy for gv and dB, one over x for dA, one over dx."""
+    grads = Grads(bias=dy.sum(0) if o.wants_bias else None)
+    a, b = _widened(a), _widened(b)
+    keep = None if saved.mask is None else unpack(saved.mask, a.shape[1])
+    gv = torch.empty(dy.shape[0], b.shape[1], dtype=b.dtype, device=dy.device)
+    v = core_forward(saved.s, o.core_kind, core) if o.wants_b and saved.s is not None else None
+    of_b = None if v is None else torch.zeros_like(b).t()
+    for rows in _blocks(dy):
+        wide = _widened(dy[rows])
+        torch.mm(wide, b, out=gv[rows]).mul_(o.scale)
+        if of_b is not None and v is not None:
+            of_b.addmm_(v[rows].t(), wide, alpha=o.scale)
+    grads.b = None if of_b is None else of_b.t()
+    if o.wants_core and saved.s is not None:
+        grads.core = core_grad(gv, saved.s, o.core_kind)
+    ds = core_input_grad(gv, o.core_kind, core)
+    if o.wants_a and x is not None:
+        grads.a = torch.zeros_like(a)
+        for rows in _blocks(x):
+            grads.a.addmm_(ds[rows].t(), _dropped(x, keep, rows), alpha=o.keep_scale)
+    if o.wants_x:
+        dx = dy.new_zeros(dy.shape[0], a.shape[1]) if weight is None else dy @ weight
+        for rows in _blocks(dx):
+            through = ds[rows] @ a
+            if keep is not None:
+                zero_dropped(through, keep[rows], out=through)
+            dx[rows].add_(through, alpha=o.keep_scale)
+        grads.x = dx
+    return grads
+
+
+def _widened(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _blocks(t: Tensor) -> list[slice]:
+    step = rows_at_a_time(t)
+    return [slice(first, first + step) for first in range(0, t.shape[0], step)]
+
+
+def _dropped(x: Tensor, keep: Tensor | None, rows: slice) -> Tensor:
+    """Some rows of x, widened, zero where dropped."""
+    return _widened(x[rows] if keep is None else zero_dropped(x[rows], keep[rows]))
