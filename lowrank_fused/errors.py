@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "LaunchError", "LowRankFusedError", "SingularPivotError", "UnsupportedError"]
+__all__ = [
+    "CheckpointError",
+    "LaunchError",
+    "LowRankFusedError",
+    "NotAcceleratedError",
+    "SingularPivotError",
+    "UnsupportedError",
+]
 
 
 class LowRankFusedError(Exception):
@@ -15,6 +22,10 @@ class UnsupportedError(LowRankFusedError, RuntimeError):
 
 class LaunchError(LowRankFusedError, RuntimeError):
     """A kernel or library call that failed inside of a layer, with the layer's name and the way around it."""
+
+
+class NotAcceleratedError(LowRankFusedError, RuntimeError):
+    """`accelerate(strict=True)` found layers that it would have to leave to PEFT. The model is as it was."""
 
 
 class CheckpointError(LowRankFusedError, ValueError):

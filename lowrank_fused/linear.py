@@ -155,8 +155,9 @@ def lowrank_linear(
     else:
         y = _run_forward(x, weight, a, b, middle, inner_bias, drop, options, routes[0], label)[0]
     if col is not None:
-        y = y * col.to(y.dtype)
-        y = y if bias is None else y + bias.to(y.dtype)
+        dtype = y.dtype
+        y = y * (col if precision == "match" else col.to(dtype))
+        y = (y if bias is None else y + bias.to(dtype)).to(dtype)
     return y
 
 

@@ -26,10 +26,11 @@ GROUPS = {
     "ground": {"dropout", "errors", "library", "peft_format", "registry", "target", "terms"},
     "kernels": {"kernels"},
     "routes": {"routes"},
-    "engine": {"linear", "ops"},
+    "engine": {"add", "linear", "operands", "ops"},
     "initializers": {"initializers"},
     "factors": {"factors"},
     "methods": {"methods"},
+    "peft": {"peft"},
     "tools": {"benchmark", "cli", "demo", "reproduce", "testing", "tools"},
 }
 ARROWS = {
@@ -41,11 +42,13 @@ ARROWS = {
     "factors": {"ground", "kernels", "factors"},
     "methods": {"ground", "engine", "initializers", "factors", "methods"},
     "modules": {"ground", "engine", "initializers", "factors", "methods", "modules"},
+    "peft": {"ground", "routes", "engine", "factors", "methods", "modules", "peft"},
 }
 THIRD_PARTY = {
     "kernels": {"torch", "triton"},
     "factors": {"torch", "numpy"},
     "modules": {"torch", "safetensors"},
+    "peft": {"torch", "peft", "rich", "transformers"},
 }
 
 
@@ -195,24 +198,33 @@ def test_transformers_works_at_the_repository_root():
 
 def test_public_names_are_these():
     assert sorted(lowrank_fused.__all__) == [
+        "AccelerateCallback",
         "AdapterConfig",
         "CheckpointError",
         "Gate",
+        "LaunchError",
         "LowRankFusedError",
         "LowRankLinear",
+        "NotAcceleratedError",
+        "Report",
         "SingularPivotError",
         "Terms",
         "UnsupportedError",
+        "accelerate",
+        "accelerated",
         "disable",
+        "explain",
         "hold_gradients",
         "initialize_eva",
         "inject",
         "load_adapter",
+        "lowrank_add",
         "lowrank_linear",
         "lowrank_linear_ref",
         "merge",
         "parameter_groups",
         "remove",
+        "restore",
         "save_adapter",
         "trainable_parameters",
         "unmerge",

@@ -1,0 +1,268 @@
+"""PEFT's layer classes with a forward that takes the fused path where it can, and PEFT's own where it can't.
+
+Which of the two is decided in every call from plain attributes, so that nothing has to be told when adapters are
+added, switched, merged or disabled.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..adaptable import is_conv1d
+from ..add import lowrank_add
+from ..linear import lowrank_linear
+from ..terms import Terms
+from .readers import Base, Part, Reader, layer_classes
+from .state import State
+
+__all__ = ["STATE", "accelerated_class", "accelerated_classes", "adapter_path", "base_is_ours", "state_of"]
+
+STATE = "_lowrank_fused"
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class Accelerated:
+    """Mixed in before a PEFT layer class; `reader` says how that class is read."""
+
+    reader: type[Reader]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What PEFT's forward returns, from one read of x where the adapter allows it."""
+        active: list[str] = []
+        reason = _why_not(self, x, args, kwargs, active)
+        base = _base_of(self, x) if reason is None else None
+        if reason is None and base is None:
+            reason = _why_not_beside(self, active)
+        if not torch.compiler.is_compiling():
+            path = "original" if reason else "fused" if base else "tail"
+            state_of(self).calls[path, reason or ""] += 1
+        if reason:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return _fused(self, x, active, base)
+
+
+def state_of(layer: Any) -> State:
+    """What `accelerate` put onto a layer."""
+    return layer.__dict__[STATE]
+
+
+def _why_not(layer: Any, x: Tensor, args: tuple, kwargs: dict[str, Any], active: list[str]) -> str | None:
+    """Why only PEFT's own forward serves this call; fills `active` with the adapters that act."""
+    reader, settings = layer.reader, state_of(layer).settings
+    if settings.route == "off":
+        return "switched off"
+    if args or any(value is not None for value in kwargs.values()):
+        names = ", ".join(sorted(kwargs)) or "more than the input"
+        return f"called with {names}"
+    if layer.disable_adapters:
+        return "adapters disabled"
+    if layer.merged:
+        return "adapters merged"
+    known = reader.adapters(layer)
+    active.extend(name for name in layer.active_adapters if name in known)
+    if not active:
+        return "no active adapter in this layer"
+    if type(x) not in _PLAIN:
+        return f"input is a {type(x).__name__}"
+    for adapter in active:
+        reason = adapter_path(layer, adapter)[1] or _why_not_now(layer, adapter, x)
+        if reason:
+            return reason
+    if len(active) > 1 and any(reader.needs_weight(layer, name) for name in active):
+        return "several adapters, one of which depends on the weight"
+    return None
+
+
+def adapter_path(layer: Any, adapter: str) -> tuple[str, str | None]:
+    """Our name of the adapter's method, and what about the adapter itself leaves it to PEFT."""
+    reader, settings = layer.reader, state_of(layer).settings
+    method = reader.method(layer, adapter)
+    if settings.methods is not None and method not in settings.methods:
+        return method, "not among the methods that were asked for"
+    return method, reader.why_not(layer, adapter)
+
+
+def _why_not_now(layer: Any, adapter: str, x: Tensor) -> str | None:
+    """Hooks, shards, devices and dtypes, which change from call to call."""
+    reader = layer.reader
+    for module in reader.modules(layer, adapter):
+        if _is_hooked(module):
+            return f"a hook on {type(module).__name__} of the adapter"
+        if type(module) not in (nn.Linear, nn.Dropout, nn.Identity) and not _is_magnitude(module):
+            return f"the adapter holds a {type(module).__name__}"
+    tensors = reader.tensors(layer, adapter)
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or tensor.dim() == 0 or _is_freed(tensor):
+            return "the adapter's tensors are sharded"
+        if tensor.device != x.device and tensor.requires_grad:
+            return "input and adapter are on different devices"
+    dtype, autocast = tensors[0].dtype, torch.is_autocast_enabled(x.device.type)
+    if autocast:
+        return None if x.dtype != torch.float64 else "float64 under autocast"
+    if dtype != x.dtype:
+        if not getattr(layer, "cast_input_dtype_enabled", True):
+            return "the cast of the input is disabled"
+        if dtype != torch.float32 or x.dtype not in (torch.float16, torch.bfloat16):
+            return f"adapter in {_short(dtype)} beside an input in {_short(x.dtype)}"
+    return None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says."""
+    own = module.__dict__
+    return any(own[name] for name in _HOOKS) or "forward" in own or "_hf_hook" in own
+
+
+def _is_magnitude(module: nn.Module) -> bool:
+    return type(module).__name__ == "DoraLinearLayer"
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    """Whether a sharding wrapper took the memory away."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return tensor.is_meta
+    return tensor.numel() > 0 and tensor.untyped_storage().size() == 0
+
+
+def base_is_ours(layer: Any) -> bool:
+    """Whether the product with the base weight is ours to compute: a whole frozen matrix that no hook watches."""
+    linear = layer.base_layer
+    if (type(linear) is not nn.Linear and not is_conv1d(linear)) or _is_hooked(linear):
+        return False
+    weight = linear.weight
+    whole = type(weight) in _PLAIN and weight.dim() == 2 and not _is_freed(weight)
+    return whole and weight.is_floating_point() and not weight.requires_grad
+
+
+def _base_of(layer: Any, x: Tensor) -> Base | None:
+    """The base weight, if we compute its product with this x."""
+    if not base_is_ours(layer):
+        return None
+    linear = layer.base_layer
+    weight = linear.weight
+    castable = weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+    return Base(weight, is_conv1d(linear)) if castable and weight.device == x.device else None
+
+
+def _why_not_beside(layer: Any, active: list[str]) -> str | None:
+    """Why the term can't be added to what the base layer returns by itself."""
+    if any(layer.reader.needs_weight(layer, name) for name in active):
+        return "depends on a base weight that is hooked, sharded, quantised or trained"
+    return None
+
+
+def _fused(layer: Any, x: Tensor, active: list[str], base: Base | None) -> Tensor:
+    """The base layer's product with all active adapters."""
+    reader, state = layer.reader, state_of(layer)
+    parts = [reader.read(layer, name, base, partial(state.remember, name)) for name in active]
+    parts = _stacked(parts)
+    settings = state.settings
+    common: dict[str, Any] = {
+        "route": settings.route,
+        "precision": settings.precision,
+        "label": None if torch.compiler.is_compiling() else state.path,
+    }
+    biases = [part.bias for part in parts if part.bias is not None]
+    if base is not None:
+        bias = layer.base_layer.bias
+        for more in biases:
+            bias = more if bias is None else bias + more
+        first, *others = parts
+        t = first.terms
+        y = lowrank_linear(
+            x, base.matrix, t.a, t.b, scale=t.scale, core=t.core, out=t.out, col=t.col, bias=bias,
+            **_dropout(first, x, settings.dropout), **common,
+        )  # fmt: skip
+        inplace = t.col is None
+    else:
+        y, others = layer.base_layer(x), parts
+        inplace = not (_is_hooked(layer.base_layer) or y._is_view() or y.is_leaf)
+        for more in biases:
+            y, inplace = y + more.to(y.dtype), True
+    for part in others:
+        t = part.terms
+        y = lowrank_add(
+            y, x, t.a, t.b, scale=t.scale, core=t.core, out=t.out, inplace=inplace,
+            **_dropout(part, x, settings.dropout), **common,
+        )  # fmt: skip
+        inplace = True
+    return y
+
+
+def _dropout(part: Part, x: Tensor, kind: str) -> dict[str, Any]:
+    """Probability, and with `kind` "torch" the very mask that PEFT's dropout module would have drawn."""
+    module: Any = part.dropout
+    if type(module) is nn.Identity or not module.training or module.p == 0.0:
+        return {}
+    if kind == "fused":
+        return {"dropout_p": module.p}
+    # In the dtype that PEFT casts x to, on which the random numbers of a GPU depend.
+    ones = torch.ones_like(x, dtype=x.dtype if x.dtype == torch.float64 else part.terms.a.dtype)
+    return {"dropout_p": module.p, "keep": F.dropout(ones, module.p, training=True) != 0}
+
+
+def _stacked(parts: list[Part]) -> list[Part]:
+    """Several plain adapters without dropout as one of their summed rank."""
+    if len(parts) == 1 or any(not _is_plain(part) for part in parts):
+        return parts
+    terms = [part.terms for part in parts]
+    dtype = torch.promote_types(terms[0].a.dtype, terms[-1].a.dtype)
+    a = torch.cat([t.a.to(dtype) for t in terms])
+    b = torch.cat([(t.b * t.scale).to(dtype) for t in terms], dim=1)
+    biases = [part.bias for part in parts if part.bias is not None]
+    return [Part(Terms(a, b), parts[0].dropout, sum(biases) if biases else None)]  # type: ignore[arg-type]
+
+
+def _is_plain(part: Part) -> bool:
+    t = part.terms
+    dropout: Any = part.dropout
+    drops = type(dropout) is not nn.Identity and dropout.training and dropout.p
+    return not drops and t.core is None and t.out is None and t.col is None
+
+
+if TYPE_CHECKING:
+    _Classes = dict[type[nn.Module], type[nn.Module]]
+
+
+def accelerated_classes() -> _Classes:
+    """PEFT's layer class -> ours, made once; each is an attribute of this module, so that it can be pickled."""
+    if not _classes:
+        module = sys.modules[__name__]
+        for layer, reader in layer_classes().items():
+            name = f"Accelerated{layer.__module__.rpartition('tuners.')[2].title().replace('.', '')}{layer.__name__}"
+            made = type(
+                name, (Accelerated, layer),
+                {"reader": reader, "__module__": __name__, "__qualname__": name, "__doc__": layer.__doc__},
+            )  # fmt: skip
+            setattr(module, name, made)
+            _classes[layer] = made
+    return _classes
+
+
+_classes: _Classes = {}
+
+
+def accelerated_class(layer: nn.Module) -> type[nn.Module] | None:
+    """The class to give to a PEFT layer; None if it is not one that can be accelerated, or has it already."""
+    return accelerated_classes().get(type(layer))
+
+
+def __getattr__(name: str) -> Any:
+    """Unpickling may ask for a class before any model was accelerated in this process."""
+    if name.startswith("Accelerated"):
+        for made in accelerated_classes().values():
+            if made.__name__ == name:
+                return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,120 @@
+"""How each PEFT layer is read: one file per method, found by importing them.
+
+Readers take every tensor from where PEFT keeps it, in every call, so nothing has to be kept in step with PEFT.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lowrank_fused.registry import Registry
+from lowrank_fused.terms import Terms
+
+__all__ = ["Base", "Part", "Reader", "Remembered", "layer_classes", "methods", "reader"]
+
+# remembered(function, *tensors, **constants) -> tensors, evaluated when one of the tensors has changed
+Remembered = Callable[..., tuple[Tensor, ...]]
+
+
+class Base(NamedTuple):
+    """The weight of a base layer as the layer stores it, [out, in] or transposed."""
+
+    weight: Tensor
+    transposed: bool
+
+    @property
+    def matrix(self) -> Tensor:
+        """[out, in], a view."""
+        return self.weight.t() if self.transposed else self.weight
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter of one layer: its terms, the dropout before it, and a bias [out] of its own."""
+
+    terms: Terms
+    dropout: nn.Module
+    bias: Tensor | None = None
+
+
+class Reader:
+    """What is asked of a reader. It holds no state: all are functions of PEFT's layer and an adapter's name."""
+
+    # Our names of the methods it reads.
+    methods: tuple[str, ...] = ()
+
+    @staticmethod
+    def adapters(layer: Any) -> Mapping[str, Any]:
+        """The adapters that the layer holds, by name."""
+        raise NotImplementedError
+
+    @classmethod
+    def method(cls, layer: Any, adapter: str) -> str:
+        """Our name of the adapter's method."""
+        return cls.methods[0]
+
+    @staticmethod
+    def needs_weight(layer: Any, adapter: str) -> bool:
+        """Whether the term depends on the base weight.
+
+        If not, it can also be added to the result of a base layer that is not ours to compute.
+        """
+        return False
+
+    @staticmethod
+    def why_not(layer: Any, adapter: str) -> str | None:
+        """What about this adapter only PEFT's own forward computes."""
+        return None
+
+    @staticmethod
+    def modules(layer: Any, adapter: str) -> tuple[nn.Module, ...]:
+        """Modules that PEFT's forward calls: a hook on one of them has to fire."""
+        raise NotImplementedError
+
+    @staticmethod
+    def tensors(layer: Any, adapter: str) -> tuple[Tensor, ...]:
+        """The adapter's tensors; the first has the dtype that PEFT computes in."""
+        raise NotImplementedError
+
+    @staticmethod
+    def read(layer: Any, adapter: str, base: Base | None, remembered: Remembered) -> Part:
+        """The adapter as the engine takes it, in differentiable PyTorch; `base` is there if it needs the weight."""
+        raise NotImplementedError
+
+
+_READERS: Registry[type[Reader]] = Registry("reader", __name__)
+
+
+def reader(*layers: str) -> Callable[[type[Reader]], type[Reader]]:
+    """Register a reader for PEFT's layer classes, each "module:class" below peft.tuners."""
+
+    def register(cls: type[Reader]) -> type[Reader]:
+        for layer in layers:
+            _READERS.add(layer, cls)
+        return cls
+
+    return register
+
+
+def layer_classes() -> dict[type[nn.Module], type[Reader]]:
+    """PEFT's layer class -> reader, for those that the installed PEFT has."""
+    found = {}
+    for place, cls in _READERS.all().items():
+        module, _, name = place.partition(":")
+        try:
+            layer = getattr(importlib.import_module(f"peft.tuners.{module}"), name, None)
+        except ImportError:  # a method, or a way to quantise, that is not installed
+            continue
+        if layer is not None:
+            found[layer] = cls
+    return found
+
+
+def methods() -> list[str]:
+    """Names of the methods that have a reader."""
+    return sorted({name for cls in _READERS.all().values() for name in cls.methods})

@@ -1,0 +1,51 @@
+"""MiSS: one block for all shards of x, which is B of a pair whose A is a tiled identity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_fused.terms import Terms
+
+from . import Base, Part, Reader, Remembered, reader
+
+
+def tiled_identity(block: Tensor, *, in_features: int) -> tuple[Tensor]:
+    """A [r, in] with A[k, c] = 1 where c ≡ k mod r."""
+    rank = len(block)
+    identity = torch.eye(rank, dtype=block.dtype, device=block.device)
+    return (identity.repeat(1, math.ceil(in_features / rank))[:, :in_features].contiguous(),)
+
+
+@reader("miss.layer:MissLinear")
+class Miss(Reader):
+    methods = ("miss",)
+
+    @staticmethod
+    def adapters(layer: Any) -> Mapping[str, Any]:
+        return layer.miss_block
+
+    @staticmethod
+    def why_not(layer: Any, adapter: str) -> str | None:
+        return "init_weights='bat', an update of full rank" if layer.miss_fn == "bat" else None
+
+    @staticmethod
+    def modules(layer: Any, adapter: str) -> tuple[nn.Module, ...]:
+        return (layer.miss_dropout[adapter],)
+
+    @staticmethod
+    def tensors(layer: Any, adapter: str) -> tuple[Tensor, ...]:
+        return (layer.miss_block[adapter],)
+
+    @staticmethod
+    def read(layer: Any, adapter: str, base: Base | None, remembered: Remembered) -> Part:
+        block = layer.miss_block[adapter]
+        (a,) = remembered(tiled_identity, block, in_features=layer.in_features)
+        b = block.t()
+        if layer.miss_fn == "mini":
+            b = b.repeat(layer.out_features // len(b), 1)
+        return Part(Terms(a, b), layer.miss_dropout[adapter])

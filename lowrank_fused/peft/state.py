@@ -1,0 +1,50 @@
+"""What acceleration adds to a PEFT layer: its settings, factors remembered between steps, and what its calls took."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..factors.generated import Generated
+
+__all__ = ["Settings", "State"]
+
+Factors = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How calls are computed: `accelerate` explains each."""
+
+    route: str = "auto"
+    precision: str = "match"
+    dropout: str = "fused"
+    methods: tuple[str, ...] | None = None
+
+
+@dataclass
+class State:
+    """An attribute of the accelerated layer that no state_dict sees; copies and pickles take it along."""
+
+    path: str
+    settings: Settings
+    # (path taken, reason) -> calls since `accelerate`, compiled ones aside
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    generated: dict[str, tuple[Factors, dict[str, Any], Generated]] = field(default_factory=dict)
+
+    def remember(self, adapter: str, function: Factors, *sources: Tensor, **constants: Any) -> tuple[Tensor, ...]:
+        """function(*sources, **constants), evaluated once until a source changes; differentiable."""
+        if torch.compiler.is_compiling():
+            with torch.autocast(sources[0].device.type, enabled=False):
+                return function(*sources, **constants)
+        known = self.generated.get(adapter)
+        if known is None or known[:2] != (function, constants):
+            known = (function, constants, Generated(partial(function, **constants)))
+            self.generated[adapter] = known
+        return known[2](*sources)
