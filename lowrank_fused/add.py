@@ -26,6 +26,7 @@ from .operands import (
     rows_of,
     run_backward,
     save_for_backward,
+    scaled_in_graphs,
     without_autocast,
 )
 from .routes.problem import Options
@@ -118,8 +119,7 @@ def lowrank_add(
     if torch.is_autocast_enabled(x.device.type):
         x, precision = x.to(torch.get_autocast_dtype(x.device.type)), "fast"
     check_dtypes(x, a, b)
-    if isinstance(scale, Tensor):
-        b, scale = b * scale.to(b.dtype), 1.0
+    b, scale = scaled_in_graphs(b, scale)
     if out is not None:
         b = b * out.to(b.dtype)[:, None]
     options = options_of(scale, kind, dropout_p, x, a, b, middle, None)

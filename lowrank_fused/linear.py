@@ -27,6 +27,7 @@ from .operands import (
     rows_of,
     run_backward,
     save_for_backward,
+    scaled_in_graphs,
     without_autocast,
 )
 from .routes.problem import Options
@@ -83,7 +84,8 @@ def _run_forward(
             rows_of(x), weight, a, b, core, bias, drop,
             scale=o.scale, core_kind=o.core_kind, dropout_p=o.dropout_p, wants=o.wants, route=route,
         )  # fmt: skip
-    return y.view(*x.shape[:-1], weight.shape[0]), s, mask
+    # Not a view: to one that a Function returns, autograd lets nobody add a further term in place.
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]]), s, mask
 
 
 def lowrank_linear(
@@ -143,8 +145,7 @@ def lowrank_linear(
     if weight.dtype != x.dtype:
         raise TypeError(f"x and weight must share one floating dtype, got {x.dtype} and {weight.dtype}")
     check_dtypes(x, a, b)
-    if isinstance(scale, Tensor):
-        b, scale = b * scale.to(b.dtype), 1.0
+    b, scale = scaled_in_graphs(b, scale)
     if out is not None:
         b = b * out.to(b.dtype)[:, None]
     inner_bias = None if bias is None or col is not None else bias.to(x.dtype)

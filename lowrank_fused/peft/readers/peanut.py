@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
 from lowrank_fused.factors.activations import activation_names
+from lowrank_fused.layers import Values
 from lowrank_fused.methods.peanut import Peanut
 from lowrank_fused.terms import Terms
 
@@ -20,7 +20,7 @@ def hidden(weight: Tensor, a: Tensor, *between: Tensor, act_fn: str, transposed:
     depth = len(between) // 2
     named = {f"peanut_encoders_{i}": w for i, w in enumerate(between[:depth])}
     named |= {f"peanut_decoders_{i}": w for i, w in enumerate(between[depth:])}
-    values = SimpleNamespace(peanut_A=a, peanut_act_fn=act_fn, peanut_depth=depth, peanut_orientation="T", **named)
+    values = Values({"peanut_A": a, "peanut_act_fn": act_fn, "peanut_depth": depth, "peanut_orientation": "T", **named})
     return Peanut.generate(values, (weight.t() if transposed else weight).detach())
 
 

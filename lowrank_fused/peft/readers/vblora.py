@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowrank_fused.methods.vblora import mixed
@@ -13,8 +14,13 @@ from lowrank_fused.terms import Terms
 from . import Base, Part, Reader, Remembered, reader
 
 
-def factors(bank: Tensor, logits_a: Tensor, logits_b: Tensor, *, topk: int) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r] in the bank's dtype."""
+def factors(bank: Tensor, logits_a: Tensor, logits_b: Tensor, *, topk: int, training: bool) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] in the bank's dtype; as in PEFT, what `save_only_topk_weights` wrote can't be trained.
+
+    A compiled graph can't look at values, and trains it.
+    """
+    if training and not torch.compiler.is_compiling() and logits_a[0, 0].isinf().any():
+        raise RuntimeError("infinite VB-LoRA logits: an adapter saved with save_only_topk_weights can't train")
     bank = bank.to(logits_a.device)
     a, b = mixed(logits_a, bank, topk), mixed(logits_b, bank, topk)
     return a.flatten(1), b.transpose(1, 2).flatten(0, 1)
@@ -38,15 +44,6 @@ class VbLora(Reader):
 
     @staticmethod
     def read(layer: Any, adapter: str, base: Base | None, remembered: Remembered) -> Part:
-        a, b = remembered(_checked_factors, *VbLora.tensors(layer, adapter), topk=layer.topk[adapter],
-                          training=layer.training)  # fmt: skip
+        topk, tensors = layer.topk[adapter], VbLora.tensors(layer, adapter)
+        a, b = remembered(factors, *tensors, topk=topk, training=layer.training)
         return Part(Terms(a, b), layer.vblora_dropout[adapter])
-
-
-def _checked_factors(
-    bank: Tensor, logits_a: Tensor, logits_b: Tensor, *, topk: int, training: bool
-) -> tuple[Tensor, Tensor]:
-    """As PEFT does, refuse to train what `save_only_topk_weights` wrote."""
-    if training and logits_a[0, 0].isinf().any():
-        raise RuntimeError("infinite VB-LoRA logits: an adapter saved with save_only_topk_weights can't train")
-    return factors(bank, logits_a, logits_b, topk=topk)
