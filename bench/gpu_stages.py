@@ -45,6 +45,7 @@ KERNEL_TESTS = (
     "lowrank_forward",
     "grad_input",
     "linear",
+    "test_add",
     "gather",
     "stacked",
     "weight_factor",

@@ -35,6 +35,7 @@ class _Case:
     core: str = "none"
     bias: bool = True
     frozen: str = ""
+    given_mask: bool = False
     routes: tuple[Route, ...] = (SPLIT, THIN)
 
     def launch(self) -> None:
@@ -46,14 +47,16 @@ class _Case:
         core = None if shape is None else adapter(shape)
         weight = make(self.k, self.n).t() if self.conv1d else make(self.n, self.k)
         a, b = adapter(self.r, self.k), adapter(self.n, rb)
-        seed = torch.empty(1, dtype=torch.int64, device="meta") if self.p else None
+        drop = torch.empty(1, dtype=torch.int64, device="meta") if self.p else None
+        if self.given_mask:
+            drop = torch.empty(self.m, -(-self.k // 8), dtype=torch.uint8, device="meta")
         o = Options(
             2.0, self.core, self.p, wants_x="x" not in self.frozen, wants_a="a" not in self.frozen,
             wants_b="b" not in self.frozen, wants_core=core is not None, wants_bias=False,
         )  # fmt: skip
         for route in self.routes:
             x, bias = make(self.m, self.k), make(self.n) if self.bias else None
-            y, saved = route.forward(x, weight, a, b, core, bias, seed, o)
+            y, saved = route.forward(x, weight, a, b, core, bias, drop, o)
             route.backward(make(y.shape), x if o.keeps_x else None, weight, a, b, core, saved, o)
 
 
@@ -89,6 +92,11 @@ def _cases() -> Iterator[_Case]:
         yield _Case(core=core, r=64, routes=(SPLIT,))
     yield _Case(core="diag", frozen="ab", adapter=torch.float32, routes=(SPLIT,))
     yield _Case(bias=False)
+    for m in (8, 2000, 8192):
+        yield _Case(m, p=0.1, given_mask=True, routes=(SPLIT,))
+        yield _Case(m, p=0.1, r=128, given_mask=True, routes=(SPLIT,))
+    yield _Case(n=4100, k=4100, p=0.1, given_mask=True, routes=(SPLIT,))
+    yield _Case(p=0.1, dtype=torch.float32, given_mask=True, routes=(SPLIT,))
 
 
 @dataclass(frozen=True)
