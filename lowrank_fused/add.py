@@ -36,7 +36,12 @@ __all__ = ["lowrank_add"]
 
 
 class LowRankAddFunction(torch.autograd.Function):
-    """Run the operator that adds in place, on y or a copy of it; backward hands dy on and computes the rest."""
+    """Run the operator that adds in place, on y or a copy of it; backward hands dy on and computes the rest.
+
+    Of a view the memory alone is taken over: autograd would replay the view in every backward, and refuses where a
+    Function made it, bitsandbytes' products for one. A `detach` counts writes together with what it came from, so
+    that a backward in need of y as it was still notices.
+    """
 
     @staticmethod
     def forward(
@@ -50,12 +55,15 @@ class LowRankAddFunction(torch.autograd.Function):
         options: Options,
         routes: tuple[str, str],
         inplace: bool,
+        is_view: bool,
         label: str | None,
     ) -> Tensor:
-        if inplace:
-            ctx.mark_dirty(y)
-        else:
+        if not inplace:
             y = y.clone(memory_format=torch.contiguous_format)
+        elif is_view:
+            y = y.detach()
+        else:
+            ctx.mark_dirty(y)
         s, mask = _run(y, x, a, b, core, drop, options, routes[0], label)
         save_for_backward(ctx, None, x, a, b, core, s, mask, drop, options)
         ctx.route, ctx.label = routes[1], label
@@ -65,7 +73,7 @@ class LowRankAddFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx, da, db, dcore, _ = run_backward(ctx, dy)
-        return dy, dx, da, db, dcore, None, None, None, None, None
+        return dy, dx, da, db, dcore, None, None, None, None, None, None
 
 
 def _run(
@@ -106,13 +114,16 @@ def lowrank_add(
 ) -> Tensor:
     """y + scale · out · core(drop(x) Aᵀ) Bᵀ, differentiable in all of them.
 
-    y [..., N] and x [..., K] share leading dimensions; if their dtypes differ the term is formed in x's and added in
-    y's. `inplace=True` writes into y, which nobody else may need as it was: not for a leaf, a view or a result that
-    its own backward looks at. Everything else is as in `lowrank_linear`, and so is what is kept for backward.
+    y [..., N] and x [..., K] share leading dimensions; if their dtypes differ the term is formed in x's and the sum in
+    the wider of both, then rounded to y's. `inplace=True` writes into y, which nobody else may need as it was: not for
+    a result that its own backward looks at (which raises there), for a view of something that is used afterwards, or
+    for the memory of x. Everything else is as in `lowrank_linear`, and so is what is kept for backward.
     """
     kind, middle = core_kind(core), core_tensor(core)
     if y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"y must have a row for each of x's, got y {list(y.shape)} and x {list(x.shape)}")
+    if inplace and y.is_leaf and y.requires_grad and torch.is_grad_enabled():
+        raise ValueError("y is a leaf that requires a gradient, which has to stay as it is; pass inplace=False")
     shape = (y.shape[-1], x.shape[-1])
     check_factors(x, shape, a, b, middle, kind, {"out": out, "y": y})
     drop = mask_source(x, dropout_p, seed, keep)
@@ -126,10 +137,16 @@ def lowrank_add(
     routes = routes_for(x, shape, a, b, dropout_p, route, precision)
     into = y if y.dtype == x.dtype else y.new_zeros(y.shape, dtype=x.dtype)
     # A compiler decides by itself where the copy can be left out.
-    fresh = into is not y or (inplace and y.is_contiguous() and not torch.compiler.is_compiling())
+    inplace = inplace and y.is_contiguous() and not torch.compiler.is_compiling()
+    is_view = inplace and y._is_view()
+    fresh = inplace or into is not y
     if any(options.wants):
-        result = LowRankAddFunction.apply(into, x, a, b, middle, drop, options, routes, fresh, label)
+        how = (fresh, is_view and into is y)
+        result = LowRankAddFunction.apply(into, x, a, b, middle, drop, options, routes, *how, label)
     else:
         result = into if fresh else into.clone(memory_format=torch.contiguous_format)
-        _run(result, x, a, b, middle, drop, options, routes[0], label)
-    return result if into is y else y + result.to(y.dtype)
+        # A constant for autograd, which only has to count the write.
+        _run(result.detach(), x, a, b, middle, drop, options, routes[0], label)
+    if into is y:
+        return result
+    return y.add_(result) if inplace and not is_view else (y + result).to(y.dtype)

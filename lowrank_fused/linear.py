@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import ops
+from .add import lowrank_add
 from .operands import (
     check_dtypes,
     check_factors,
@@ -138,19 +140,29 @@ def lowrank_linear(
     _check(x, weight)
     shape = (weight.shape[0], weight.shape[1])
     check_factors(x, shape, a, b, middle, kind, {"out": out, "col": col, "bias": bias, "weight": weight})
-    drop = mask_source(x, dropout_p, seed, keep)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, precision = x.to(dtype), weight.to(dtype), "fast"
     if weight.dtype != x.dtype:
         raise TypeError(f"x and weight must share one floating dtype, got {x.dtype} and {weight.dtype}")
     check_dtypes(x, a, b)
+    routes = routes_for(x, shape, a, b, dropout_p, route, precision)
+    if col is not None and routes[0] == "precise":
+        # The product with col has x's dtype, and so would its gradient on the way to A and B.
+        y = F.linear(x, weight) * col
+        return lowrank_add(
+            (y if bias is None else y + bias).to(x.dtype), x, a, b, scale=scale, core=core,
+            out=col if out is None else out * col, dropout_p=dropout_p, route=route, precision=precision,
+            seed=seed, keep=keep, label=label, inplace=True,
+        )  # fmt: skip
+    drop = mask_source(x, dropout_p, seed, keep)
     b, scale = scaled_in_graphs(b, scale)
     if out is not None:
         b = b * out.to(b.dtype)[:, None]
-    inner_bias = None if bias is None or col is not None else bias.to(x.dtype)
+    inner_bias = None if col is not None else bias
+    if inner_bias is not None and routes[0] != "precise":
+        inner_bias = inner_bias.to(x.dtype)
     options = options_of(scale, kind, dropout_p, x, a, b, middle, inner_bias)
-    routes = routes_for(x, shape, a, b, dropout_p, route, precision)
     if any(options.wants):
         y = LowRankLinearFunction.apply(x, weight, a, b, middle, inner_bias, drop, options, routes, label)
     else:

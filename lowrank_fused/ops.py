@@ -75,13 +75,14 @@ def _backward(dy, x, weight, a, b, core, s, mask, *, scale, core_kind, dropout_p
 
 def _backward_fake(dy, x, weight, a, b, core, s, mask, *, scale, core_kind, dropout_p, wants, route):
     o = Options(scale, core_kind, dropout_p, *wants)
+    of_bias = torch.promote_types(dy.dtype, torch.float32) if route == "precise" else dy.dtype
     return (
         _or_empty(dy.new_empty(dy.shape[0], a.shape[1]) if o.wants_x else None, dy),
         *(
             _or_empty(torch.empty_like(leaf, memory_format=torch.contiguous_format) if wanted else None, dy)
             for leaf, wanted in ((a, o.wants_a), (b, o.wants_b), (core, o.wants_core))
         ),
-        _or_empty(dy.new_empty(dy.shape[1]) if o.wants_bias else None, dy),
+        _or_empty(dy.new_empty(dy.shape[1], dtype=of_bias) if o.wants_bias else None, dy),
     )
 
 

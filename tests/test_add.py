@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lowrank_fused import LaunchError, lowrank_add, lowrank_linear, ops
 from lowrank_fused.routes import ROUTES
@@ -60,6 +61,11 @@ def test_a_product_of_another_dtype_is_added_in_its_own():
     y = lowrank_add(F.linear(o.x, o.weight).double(), o.x, o.a, o.b)
     assert y.dtype == torch.float64
     torch.testing.assert_close(y.float(), lowrank_linear(o.x, o.weight, o.a, o.b))
+    term = lowrank_add(torch.zeros(5, 6), o.x, o.a, o.b)
+    for inplace in (False, True):
+        y = F.linear(o.x, o.weight).bfloat16()
+        expected = (y + term).bfloat16()
+        assert torch.equal(lowrank_add(y, o.x, o.a, o.b, inplace=inplace), expected), "rounded more than once"
 
 
 @pytest.mark.parametrize("route", KERNEL)
@@ -213,3 +219,193 @@ def test_opcheck():
     torch.library.opcheck(
         ops.add_, (torch.randn(6, 10), x, a, b, None, torch.tensor([1])), {**settings, "route": "precise"}
     )
+
+
+# In place
+
+
+class Squash(torch.autograd.Function):
+    """A product whose backward looks at the result."""
+
+    @staticmethod
+    def forward(ctx, t):
+        y = torch.tanh(t)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (y,) = ctx.saved_tensors
+        return dy * (1 - y * y)
+
+
+class Reshaped(torch.autograd.Function):
+    """A product that is a view made in a Function, which autograd lets nobody write into: bitsandbytes' are."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return F.linear(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy @ ctx.saved_tensors[0], None
+
+
+PRODUCTS = {
+    "result": lambda x, weight: F.linear(x, weight),
+    "view": lambda x, weight: F.linear(x.flatten(0, 1), weight).view(*x.shape[:-1], -1),
+    "view of a Function": lambda x, weight: Reshaped.apply(x, weight),
+    "slice": lambda x, weight: F.linear(x, torch.cat([weight, weight]))[..., : len(weight)],
+    "cut rows": lambda x, weight: F.linear(torch.cat([x, x]), weight)[: len(x)],
+}
+
+
+def by_hand(o: Operands, x: Tensor, y: Tensor) -> Tensor:
+    return y + F.linear(F.linear(x, o.a), o.b)
+
+
+@pytest.mark.parametrize("y_dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_in_place_on_products_of_any_making(product, y_dtype):
+    """Twice, since a layer may hold several adapters, and with x on the way to more than y."""
+    o = Operands.random(6, 10, 14, 3).to(torch.float32)
+    leaf = o.x.detach().view(2, 3, 14).requires_grad_()
+    dy = o.dy.view(2, 3, 10).to(y_dtype)
+    results = []
+    for add in (lambda y, x: lowrank_add(y, x, o.a, o.b, inplace=True), lambda y, x: by_hand(o, x, y)):
+        x = leaf * 1
+        y = add(add(PRODUCTS[product](x.to(y_dtype), o.weight.to(y_dtype)), x), x)
+        loss = (y * dy).sum() + x.square().sum()
+        results.append((y, *torch.autograd.grad(loss, [leaf, o.a, o.b])))
+    for ours, known in zip(*results, strict=True):
+        torch.testing.assert_close(ours, known)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("product", ["result", "view", "view of a Function"])
+def test_in_place_takes_over_the_memory(product, trains):
+    o = Operands.random(6, 10, 14, 3).to(torch.float32)
+    x = o.x.detach().view(2, 3, 14).requires_grad_(trains)
+    with torch.set_grad_enabled(trains):
+        y = PRODUCTS[product](x, o.weight)
+        assert lowrank_add(y, x, o.a, o.b, inplace=True).data_ptr() == y.data_ptr()
+        y = PRODUCTS[product](x, o.weight).double()
+        assert lowrank_add(y, x, o.a, o.b, inplace=True).data_ptr() == y.data_ptr()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("shaped", [lambda y: y, lambda y: y.view(2, 3, 10)], ids=["result", "view"])
+def test_a_product_whose_backward_looks_at_it_is_never_silently_wrong(shaped, frozen):
+    o = Operands.random(6, 10, 14, 3).to(torch.float32)
+    weight = o.weight.clone().requires_grad_()
+    x = o.x.detach()
+    a, b = (t.detach().requires_grad_(not frozen) for t in (o.a, o.b))
+    for inplace in (False, True):
+        y = shaped(Squash.apply(F.linear(x, weight)))
+        found = lowrank_add(y, x.view(*y.shape[:-1], -1), a, b, inplace=inplace)
+        if inplace:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                found.sum().backward()
+        else:
+            (found.view_as(o.dy) * o.dy).sum().backward()
+            (expected,) = torch.autograd.grad(Squash.apply(F.linear(x, weight)), weight, o.dy)
+            torch.testing.assert_close(weight.grad, expected)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_gradient_that_y_alone_wants_passes(inplace):
+    """Frozen factors beside a layer that trains, its input being data."""
+    o = Operands.random(6, 10, 14, 3).to(torch.float32)
+    weight = o.weight.clone().requires_grad_()
+    x, a, b = (t.detach() for t in (o.x, o.a, o.b))
+    y = lowrank_add(F.linear(x, weight), x, a, b, inplace=inplace)
+    torch.testing.assert_close(y, by_hand(o, x, F.linear(x, weight)))
+    (found,) = torch.autograd.grad(y, weight, o.dy)
+    torch.testing.assert_close(found, o.dy.t() @ x)
+
+
+def test_a_leaf_is_left_alone():
+    o = Operands.random(5, 6, 7, 2).to(torch.float32)
+    y = torch.zeros(5, 6, requires_grad=True)
+    for leaf in (y, torch.zeros(6, 6)[:5].requires_grad_()):
+        with pytest.raises(ValueError, match="y is a leaf that requires a gradient.*inplace=False"):
+            lowrank_add(leaf, o.x, o.a, o.b, inplace=True)
+        assert not leaf.any()
+    with torch.no_grad():
+        assert lowrank_add(y, o.x, o.a, o.b, inplace=True) is y and y.any()
+
+
+def test_in_inference_mode_and_after_it():
+    o = Operands.random(5, 6, 7, 2).to(torch.float32)
+    with torch.inference_mode():
+        y = F.linear(o.x, o.weight)
+        expected = by_hand(o, o.x, y)
+        made_here = y.clone()
+        torch.testing.assert_close(lowrank_add(y, o.x, o.a, o.b, inplace=True), expected)
+    found = lowrank_add(made_here, o.x, o.a, o.b)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert o.x.grad is not None
+
+
+def test_a_product_that_somebody_saved_is_protected():
+    """Without gradients too: what was kept of y counts the writes to it."""
+    o = Operands.random(5, 6, 7, 2).to(torch.float32)
+    weight = o.weight.clone().requires_grad_()
+    y = F.linear(o.x, weight)
+    squared = y * y
+    with torch.no_grad():
+        lowrank_add(y, o.x, o.a, o.b, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squared.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_in_place_within_a_checkpoint_and_backward_twice(reentrant):
+    o = Operands.random(6, 10, 14, 3).to(torch.float32)
+    seed = torch.tensor([3])
+
+    def function(x):
+        return lowrank_add(F.linear(x, o.weight), x, o.a, o.b, dropout_p=0.3, seed=seed, inplace=True)
+
+    wanted = [o.x, o.a, o.b]
+    y = function(o.x * 1)
+    first = torch.autograd.grad(y, wanted, o.dy, retain_graph=True)
+    again = torch.autograd.grad(y, wanted, o.dy)
+    for leaf in wanted:
+        leaf.grad = None
+    checkpoint(function, o.x * 1, use_reentrant=reentrant).backward(o.dy)
+    for a, b, leaf in zip(first, again, wanted, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, leaf.grad)
+
+
+def test_hooks_on_a_product_see_its_gradient():
+    o = Operands.random(5, 6, 7, 2).to(torch.float32)
+    seen = []
+    y = F.linear(o.x, o.weight)
+    y.register_hook(seen.append)
+    lowrank_add(y, o.x, o.a, o.b, inplace=True).backward(o.dy)
+    assert torch.equal(seen[0], o.dy)
+
+
+@pytest.mark.parametrize("wants", ["all", "y", "nothing"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_compiles_beside_products_of_another_dtype_and_without_gradients(dtype, wants):
+    o = Operands.random(6, 10, 14, 3).to(torch.float32)
+    weight = o.weight.clone().requires_grad_(wants == "y")
+    x, a, b = (t.detach().requires_grad_(wants == "all") for t in (o.x, o.a, o.b))
+
+    def function(x, a, b, weight):
+        return lowrank_add(F.linear(x, weight).to(dtype), x, a, b, inplace=True)
+
+    expected = function(x, a, b, weight)
+    found = torch.compile(function, fullgraph=True, backend="aot_eager")(x, a, b, weight)
+    torch.testing.assert_close(found, expected)
+    leaves = [t for t in (x, a, b, weight) if t.requires_grad]
+    if leaves:
+        dy = o.dy.to(dtype)
+        for ours, known in zip(
+            torch.autograd.grad(found, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True
+        ):
+            torch.testing.assert_close(ours, known)

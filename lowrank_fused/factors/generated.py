@@ -6,6 +6,7 @@ recompute, although they change only when the optimiser has stepped.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,7 +100,8 @@ class Generated:
 
     However often the values are used, one backward pulls their summed gradient back to the sources once. Between
     `hold` and `release` it waits, so that several backwards share one. In a compiled or captured graph nothing is
-    remembered: a replay has to compute what its sources hold by then.
+    remembered: a replay has to compute what its sources hold by then. Nor is it where parameters are sharded by
+    `fully_shard`.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
@@ -178,7 +180,19 @@ class Generated:
 def _must_not_remember(sources: tuple[Tensor, ...]) -> bool:
     if torch.compiler.is_compiling() or any(s.is_meta or s.is_inference() for s in sources):
         return True
+    if _gathers_shards():
+        return True
     return sources[0].is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _gathers_shards() -> bool:
+    """Whether a module of this process went through `fully_shard`.
+
+    Its parameters are then gathered anew for every forward: the same tensors, perhaps the same memory, other values,
+    and PyTorch's counter is told not to count.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and bool(fsdp.FSDPModule.__subclasses__())
 
 
 def _unchanged(tensor: Tensor) -> Tensor:

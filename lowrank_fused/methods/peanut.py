@@ -19,6 +19,7 @@ PEFT is to read. The published code accepts a dropout and applies none; here it 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.init import kaiming_uniform_
 
-from lowrank_fused.factors.activations import activation, activation_names
+from lowrank_fused.factors.activations import Activation, activation, activation_names
 from lowrank_fused.factors.weight_factor import weight_factor
 from lowrank_fused.initializers import compute_dtype
 from lowrank_fused.peft_format import PeftFormat
@@ -98,15 +99,11 @@ class Peanut:
     @staticmethod
     def generate(p: Any, weight: Tensor) -> tuple[Tensor, ...]:
         """H [r, in], or [r, out] in orientation N."""
-        act, pairs = activation(p.peanut_act_fn), range(p.peanut_depth)
         h = weight_factor(p.peanut_A, weight if p.peanut_orientation == "T" else weight.t(), p.peanut_act_fn)
-        encoded = []
-        for i in pairs:
-            encoded.append(h)
-            h = act(getattr(p, f"peanut_encoders_{i}") @ h)
-        for i in pairs:
-            h = act(getattr(p, f"peanut_decoders_{i}") @ h) + encoded.pop()
-        return (h,)
+        encoders, decoders = (
+            [getattr(p, f"peanut_{kind}_{i}") for i in range(p.peanut_depth)] for kind in ("encoders", "decoders")
+        )
+        return (deepened(h, encoders, decoders, activation(p.peanut_act_fn)),)
 
     @staticmethod
     def terms(p: Any, weight: Tensor, x: Tensor) -> Terms:
@@ -127,6 +124,17 @@ class Peanut:
             out = act(F.linear(out, getattr(p, f"peanut_decoders_{i}"))) + hidden[depth - 1 - i]
         delta = (out @ p.peanut_B.t()).t() if p.peanut_orientation == "T" else out @ p.peanut_B
         return F.linear(x, weight + p.scaling * delta, bias)
+
+
+def deepened(h: Tensor, encoders: Sequence[Tensor], decoders: Sequence[Tensor], act: Activation) -> Tensor:
+    """h₀ = act(A W) [r, in] sent through the pairs of hidden layers."""
+    encoded = []
+    for encoder in encoders:
+        encoded.append(h)
+        h = act(encoder @ h)
+    for decoder in decoders:
+        h = act(decoder @ h) + encoded.pop()
+    return h
 
 
 def _uniform(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .report import Report
-from .swap import accelerate, restore
+from .swap import accelerate, checked_settings, restore
 
 __all__ = ["AccelerateCallback"]
 
@@ -19,12 +19,15 @@ class AccelerateCallback(TrainerCallback):
         Trainer(..., callbacks=[lf.AccelerateCallback()])
 
     Args:
-        restore_at_end: give the layers their PEFT classes back when training ends.
-        settings: those of `accelerate`.
+        restore_at_end: give the layers their PEFT classes back when training ends; not if an exception ends it.
+        strict, settings: those of `accelerate`.
+
+    Raises what `accelerate` does: for settings that do not exist at once, for the model when training begins.
     """
 
-    def __init__(self, *, restore_at_end: bool = False, **settings: Any) -> None:
-        self.settings, self.restore_at_end = settings, restore_at_end
+    def __init__(self, *, restore_at_end: bool = False, strict: bool = False, **settings: Any) -> None:
+        checked_settings(**settings)
+        self.settings, self.restore_at_end = {"strict": strict, **settings}, restore_at_end
         self.report: Report | None = None
 
     def on_train_begin(

@@ -7,11 +7,12 @@ added, switched, merged or disabled.
 from __future__ import annotations
 
 import sys
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ..adaptable import is_conv1d
@@ -28,6 +29,12 @@ STATE = "_lowrank_fused"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (Tensor, nn.Parameter)
 
+# PEFT's own arguments, which it keeps from the base layer; None is their default.
+_MAY_BE_NONE = frozenset({"adapter_names", "alora_offsets"})
+
+# Libraries whose layers make a tensor in every call and have no use for it afterwards, in backward neither.
+_GIVES_AWAY = frozenset({"aqlm", "awq", "bitsandbytes", "gptqmodel", "hqq"})
+
 
 class Accelerated:
     """Mixed in before a PEFT layer class; `reader` says how that class is read."""
@@ -36,6 +43,8 @@ class Accelerated:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What PEFT's forward returns, from one read of x where the adapter allows it."""
+        if not isinstance(self, Accelerated):  # restored, but device hooks kept this bound method from before
+            return type(self).forward(self, x, *args, **kwargs)
         active: list[str] = []
         reason = _why_not(self, x, args, kwargs, active)
         base = _base_of(self, x) if reason is None else None
@@ -48,6 +57,26 @@ class Accelerated:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         return _fused(self, x, active, base)
 
+    def _get_name(self) -> str:
+        """PEFT's name in a printed model, from which PEFT tells the type of a layer."""
+        return type(self).__mro__[2].__name__
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """A replica that remembers its own factors: it is called in a thread of its own, with other tensors."""
+        replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        replica.__dict__[STATE] = state_of(self).replica()
+        return replica
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Moved or cast: what is remembered would keep the memory of the old weights."""
+        state_of(self).generated.clear()
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Together with what is remembered of it."""
+        state_of(self).generated.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)  # type: ignore[misc]
+
 
 def state_of(layer: Any) -> State:
     """What `accelerate` put onto a layer."""
@@ -59,7 +88,9 @@ def _why_not(layer: Any, x: Tensor, args: tuple, kwargs: dict[str, Any], active:
     reader, settings = layer.reader, state_of(layer).settings
     if settings.route == "off":
         return "switched off"
-    if args or any(value is not None for value in kwargs.values()):
+    if reason := _why_observed():
+        return reason
+    if args or any(value is not None or name not in _MAY_BE_NONE for name, value in kwargs.items()):
         names = ", ".join(sorted(kwargs)) or "more than the input"
         return f"called with {names}"
     if layer.disable_adapters:
@@ -72,6 +103,8 @@ def _why_not(layer: Any, x: Tensor, args: tuple, kwargs: dict[str, Any], active:
         return "no active adapter in this layer"
     if type(x) not in _PLAIN:
         return f"input is a {type(x).__name__}"
+    if x.dim() < 2 or x.shape[-1] != layer.in_features:
+        return "input is no matrix, or one of another width"
     for adapter in active:
         reason = adapter_path(layer, adapter)[1] or _why_not_now(layer, adapter, x)
         if reason:
@@ -79,6 +112,19 @@ def _why_not(layer: Any, x: Tensor, args: tuple, kwargs: dict[str, Any], active:
     if len(active) > 1 and any(reader.needs_weight(layer, name) for name in active):
         return "several adapters, one of which depends on the weight"
     return None
+
+
+def _why_observed() -> str | None:
+    """What goes on around the call and has to see the single steps of PEFT's forward."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func"
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives"
+    if torch.jit.is_tracing():
+        return "torch.jit traces it"
+    return "hooks on all modules" if torch.nn.modules.module._has_any_global_hook() else None
 
 
 def adapter_path(layer: Any, adapter: str) -> tuple[str, str | None]:
@@ -98,6 +144,8 @@ def _why_not_now(layer: Any, adapter: str, x: Tensor) -> str | None:
             return f"a hook on {type(module).__name__} of the adapter"
         if type(module) not in (nn.Linear, nn.Dropout, nn.Identity) and not _is_magnitude(module):
             return f"the adapter holds a {type(module).__name__}"
+        if type(module) is nn.Dropout and module.p >= 1.0:
+            return "a dropout that leaves nothing"
     tensors = reader.tensors(layer, adapter)
     for tensor in tensors:
         if type(tensor) not in _PLAIN or tensor.dim() == 0 or _is_freed(tensor):
@@ -166,7 +214,7 @@ def _why_not_beside(layer: Any, active: list[str]) -> str | None:
 def _fused(layer: Any, x: Tensor, active: list[str], base: Base | None) -> Tensor:
     """The base layer's product with all active adapters."""
     reader, state = layer.reader, state_of(layer)
-    parts = [reader.read(layer, name, base, partial(state.remember, name)) for name in active]
+    parts = [reader.read(layer, name, base, partial(state.remember, name, layer.training)) for name in active]
     parts = _stacked(parts)
     settings = state.settings
     common: dict[str, Any] = {
@@ -188,9 +236,9 @@ def _fused(layer: Any, x: Tensor, active: list[str], base: Base | None) -> Tenso
         inplace = t.col is None
     else:
         y, others = layer.base_layer(x), parts
-        inplace = not (_is_hooked(layer.base_layer) or y._is_view() or y.is_leaf)
+        inplace = _is_nobody_elses(y, layer.base_layer)
         for more in biases:
-            y, inplace = y + more.to(y.dtype), True
+            y, inplace = (y + more).to(y.dtype), True
     for part in others:
         t = part.terms
         y = lowrank_add(
@@ -198,7 +246,18 @@ def _fused(layer: Any, x: Tensor, active: list[str], base: Base | None) -> Tenso
             **_dropout(part, x, settings.dropout), **common,
         )  # fmt: skip
         inplace = True
-    return y
+    return y.to(x.dtype) if reader.returns_dtype_of_input else y
+
+
+def _is_nobody_elses(y: Tensor, linear: nn.Module) -> bool:
+    """Whether what the base layer returned may be added to in place.
+
+    A class that we don't know may keep it, or have a backward that looks at it. No compiler needs the answer.
+    """
+    if torch.compiler.is_compiling() or type(y) not in _PLAIN or _is_hooked(linear):
+        return False
+    known = type(linear) is nn.Linear or is_conv1d(linear)
+    return known or type(linear).__module__.partition(".")[0] in _GIVES_AWAY
 
 
 def _dropout(part: Part, x: Tensor, kind: str) -> dict[str, Any]:
@@ -208,9 +267,12 @@ def _dropout(part: Part, x: Tensor, kind: str) -> dict[str, Any]:
         return {}
     if kind == "fused":
         return {"dropout_p": module.p}
-    # In the dtype that PEFT casts x to, on which the random numbers of a GPU depend.
-    ones = torch.ones_like(x, dtype=x.dtype if x.dtype == torch.float64 else part.terms.a.dtype)
-    return {"dropout_p": module.p, "keep": F.dropout(ones, module.p, training=True) != 0}
+    # Of the columns and the dtype that PEFT drops from: random numbers depend on both, on a GPU on the dtype too.
+    columns, dtype = part.dropped or (x.shape[-1], part.terms.a.dtype)
+    dtype = dtype or x.dtype
+    same = columns == x.shape[-1]
+    ones = torch.ones_like(x, dtype=dtype) if same else x.new_ones((*x.shape[:-1], columns), dtype=dtype)
+    return {"dropout_p": module.p, "keep": F.dropout(ones, module.p, training=True)[..., : x.shape[-1]] != 0}
 
 
 def _stacked(parts: list[Part]) -> list[Part]:
@@ -218,7 +280,7 @@ def _stacked(parts: list[Part]) -> list[Part]:
     if len(parts) == 1 or any(not _is_plain(part) for part in parts):
         return parts
     terms = [part.terms for part in parts]
-    dtype = torch.promote_types(terms[0].a.dtype, terms[-1].a.dtype)
+    dtype = reduce(torch.promote_types, (t.a.dtype for t in terms))
     a = torch.cat([t.a.to(dtype) for t in terms])
     b = torch.cat([(t.b * t.scale).to(dtype) for t in terms], dim=1)
     biases = [part.bias for part in parts if part.bias is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 __all__ = ["Report", "Row"]
@@ -14,7 +15,8 @@ class Row:
     """Layers that are alike: their PEFT class, adapter and method, how many, which path they take and why.
 
     path: "fused" (base product and adapter in one), "tail" (the base layer is called as it is, the adapter fused
-    behind it) or "original" (PEFT's forward). calls: how often that path was taken, None before a model was run.
+    behind it) or "original" (PEFT's forward). calls: how often that path was taken, None in the report of
+    `accelerate`, which says what calls would do.
     """
 
     layer: str
@@ -28,12 +30,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """`rows` and what they were found with; `print(report)` shows a table."""
+    """`rows`, what they were found with, and `notes` in words; `print(report)` shows a table."""
 
     rows: tuple[Row, ...]
     versions: dict[str, str]
     device: str
     route: str
+    notes: tuple[str, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -45,11 +48,19 @@ class Report:
         return sum(row.count for row in self.rows if row.path == path)
 
     def summary(self) -> str:
-        """One line for a log."""
-        fused, tail, left = (self.of_path(path) for path in ("fused", "tail", "original"))
-        share = f" ({100 * (fused + tail) / self.layers:.1f} %)" if self.layers else ""
-        beside = f", {tail} of them beside a base layer that computes itself" if tail else ""
-        return f"{fused + tail} of {self.layers} adapter layers accelerated{share}{beside}, {left} left to PEFT"
+        """One line for a log: of adapter layers, or of calls where these were counted."""
+        if not self.rows:
+            return self.notes[0] if self.notes else "no adapters in the PEFT layers"
+        called = any(row.calls is not None for row in self.rows)
+        counts = Counter[str]()
+        for row in self.rows:
+            counts[row.path] += (row.calls or 0) if called else row.count
+        ours, total = counts["fused"] + counts["tail"], counts.total()
+        beside = f", {counts['tail']:,} of them beside a base layer that computes itself" if counts["tail"] else ""
+        return (
+            f"{ours:,} of {total:,} {'calls' if called else 'adapter layers'} accelerated "
+            f"({100 * ours / max(total, 1):.1f} %){beside}, {counts['original']:,} left to PEFT"
+        )
 
     def to_json(self) -> str:
         """Everything in the report, as a JSON object."""
@@ -71,6 +82,8 @@ class Report:
         console = Console(file=text, width=120, highlight=False, markup=False)
         versions = "  ".join(f"{name} {version}" for name, version in self.versions.items())
         console.print(f"{versions}  on {self.device}, route {self.route}")
-        console.print(table)
-        console.print(self.summary())
+        if self.rows:
+            console.print(table)
+        for line in dict.fromkeys((self.summary(), *self.notes)):
+            console.print(line)
         return text.getvalue().rstrip()

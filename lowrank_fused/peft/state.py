@@ -38,9 +38,19 @@ class State:
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     generated: dict[str, tuple[Factors, dict[str, Any], Generated]] = field(default_factory=dict)
 
-    def remember(self, adapter: str, function: Factors, *sources: Tensor, **constants: Any) -> tuple[Tensor, ...]:
-        """function(*sources, **constants), evaluated once until a source changes; differentiable."""
-        if torch.compiler.is_compiling():
+    def replica(self) -> State:
+        """The same settings and counts, with nothing remembered."""
+        return State(self.path, self.settings, self.calls)
+
+    def remember(
+        self, adapter: str, trains: bool, function: Factors, /, *sources: Tensor, **constants: Any
+    ) -> tuple[Tensor, ...]:
+        """function(*sources, **constants), evaluated once until a source changes; differentiable.
+
+        Where nothing is trained it is evaluated in every call, as PEFT does: weights are then exchanged through
+        `.data` (averages for an evaluation, perturbed weights), which leaves no trace to tell a change by.
+        """
+        if torch.compiler.is_compiling() or not (trains or torch.is_grad_enabled()):
             with torch.autocast(sources[0].device.type, enabled=False):
                 return function(*sources, **constants)
         known = self.generated.get(adapter)

@@ -7,12 +7,13 @@ import importlib.metadata
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..adaptable import is_conv1d
 from ..errors import NotAcceleratedError, UnsupportedError
 from ..registry import did_you_mean
 from ..routes import ROUTES
@@ -21,7 +22,7 @@ from .layers import STATE, Accelerated, accelerated_class, adapter_path, base_is
 from .report import Report, Row
 from .state import Settings, State
 
-__all__ = ["accelerate", "accelerated", "explain", "restore"]
+__all__ = ["accelerate", "accelerated", "checked_settings", "explain", "restore"]
 
 ENVIRONMENT = "LOWRANK_FUSED_ROUTE"
 
@@ -47,6 +48,9 @@ def accelerate(
     unusual in a call goes to PEFT's own forward; `explain` counts why. Call it again after adding adapters to new
     layers; a second call is harmless otherwise, and changes the settings if it is given others.
 
+    Two things don't stay: gradients can't be differentiated again (Hessian-vector products, gradient penalties; take
+    route="off" for them), and a model that is pickled as a whole is unpickled only where this package is installed.
+
     Args:
         model: a PeftModel, or any module that holds PEFT layers: wrapped in DDP or torch.compile, before or after.
         methods: the methods to accelerate, all by default; see `lowrank_fused.peft.readers`.
@@ -62,17 +66,19 @@ def accelerate(
         ValueError: unknown methods, routes or settings, or a model without PEFT layers.
         UnsupportedError: PEFT older than 0.18.
     """
-    settings = _settings(methods, route, precision, dropout)
+    settings = checked_settings(methods, route, precision, dropout)
     layers = _tuner_layers(model)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} holds no PEFT layers; wrap it with peft.get_peft_model first, or put our own "
             "layers into a plain model with lowrank_fused.inject"
         )
-    before = [(layer, type(layer), layer.__dict__.get(STATE)) for layer in layers.values()]
+    undo = _undo(layers.values())
     try:
+        unread = _unread(model)
         for path, layer in layers.items():
-            _swap(layer, path, settings)
+            if id(layer) not in unread:
+                _swap(layer, path, settings)
         report = _report(model, layers, settings)
         if strict and report.of_path("original"):
             left = "; ".join(
@@ -82,17 +88,21 @@ def accelerate(
             )
             raise NotAcceleratedError(f"strict=True, but some layers would be left to PEFT: {left}")
     except BaseException:
-        for layer, cls, state in before:
-            _put_back(layer, cls, state)
+        undo()
         raise
-    _log.info(report.summary())
+    nothing = settings.route != "off" and report.of_path("original") == report.layers
+    _log.log(logging.WARNING if nothing else logging.INFO, report.summary())
     return report
 
 
-def _settings(methods: Sequence[str] | None, route: str, precision: str, dropout: str) -> Settings:
-    route = os.environ.get(ENVIRONMENT, "") or route
+def checked_settings(
+    methods: Sequence[str] | None = None, route: str = "auto", precision: str = "match", dropout: str = "fused"
+) -> Settings:
+    """The settings of `accelerate`, the route from outside where there is one; ValueError for what does not exist."""
+    from_outside = os.environ.get(ENVIRONMENT, "")
+    route = from_outside or route
     for name, value, allowed in (
-        ("route", route, ("auto", "off", *ROUTES)),
+        (f"the environment variable {ENVIRONMENT}" if from_outside else "route", route, ("auto", "off", *ROUTES)),
         ("precision", precision, ("match", "fast")),
         ("dropout", dropout, ("fused", "torch")),
     ):
@@ -120,6 +130,28 @@ def _tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {path: m for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)}  # type: ignore[misc]
 
 
+def _unread(model: nn.Module) -> set[int]:
+    """Ids of PEFT layers that nobody calls: nn.MultiheadAttention uses the weight of its output projection itself."""
+    attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    return {id(child) for attention in attentions for child in attention.children()}
+
+
+def _undo(layers: Iterable[nn.Module]) -> Callable[[], None]:
+    """A function that gives these layers back what they have now: their classes, and settings if accelerated."""
+    states = [(layer, type(layer), layer.__dict__.get(STATE)) for layer in layers]
+    kept = [(layer, cls, state, state and state.settings) for layer, cls, state in states]
+
+    def undo() -> None:
+        for layer, cls, state, settings in kept:
+            layer.__class__ = cls
+            if state is None:
+                layer.__dict__.pop(STATE, None)
+            else:
+                layer.__dict__[STATE], state.settings = state, settings
+
+    return undo
+
+
 def _swap(layer: nn.Module, path: str, settings: Settings) -> None:
     state = layer.__dict__.get(STATE)
     if isinstance(layer, Accelerated) and state is not None:
@@ -131,38 +163,45 @@ def _swap(layer: nn.Module, path: str, settings: Settings) -> None:
         layer.__class__ = cls
 
 
-def _put_back(layer: nn.Module, cls: type[nn.Module], state: State | None) -> None:
-    layer.__class__ = cls
-    if state is None:
-        layer.__dict__.pop(STATE, None)
-
-
 def restore(model: nn.Module) -> nn.Module:
     """Give every layer its PEFT class back; returns the same model, which is as before `accelerate`."""
-    for layer in model.modules():
-        if isinstance(layer, Accelerated):
-            _put_back(layer, type(layer).__mro__[2], None)
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, Accelerated)]
+    for layer in layers:
+        layer.__class__ = _peft_class(layer)
+        layer.__dict__.pop(STATE, None)
     return model
 
 
 @contextlib.contextmanager
 def accelerated(model: nn.Module, **settings: Any) -> Iterator[Report]:
-    """`with accelerated(model):` is `accelerate` before and `restore` after, whatever happens in between."""
+    """`with accelerated(model):` accelerates inside; afterwards every layer is what it was before.
+
+    Takes the settings of `accelerate`. A model that was accelerated already has its own settings back at the end,
+    and layers that came in between are PEFT's again.
+    """
+    undo = _undo(module for module in model.modules() if isinstance(module, Accelerated))
     report = accelerate(model, **settings)
     try:
         yield report
     finally:
         restore(model)
+        undo()
 
 
 def explain(model: nn.Module) -> Report:
     """Which paths the calls since `accelerate` took and why; calls of compiled graphs are not counted.
 
-    Raises ValueError for a model that is not accelerated.
+    A layer that took several paths is in several rows. `notes` tell of layers without a call, and of PEFT layers that
+    came later.
+
+    Raises ValueError for a model without accelerated layers.
     """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, Accelerated)]
     if not layers:
-        raise ValueError(f"{type(model).__name__} is not accelerated; call lowrank_fused.accelerate(model) first")
+        raise ValueError(
+            f"{type(model).__name__} has no accelerated layer: call lowrank_fused.accelerate(model) first; if that "
+            "left every layer to PEFT, its report says why"
+        )
     counts: Counter[tuple[str, str, str, str, str]] = Counter()
     calls: Counter[tuple[str, str, str, str, str]] = Counter()
     for layer in layers:
@@ -173,24 +212,40 @@ def explain(model: nn.Module) -> Report:
             counts[key] += 1
             calls[key] += times
     rows = tuple(Row(key[0], key[1], key[2], counts[key], key[3], key[4], calls[key]) for key in sorted(counts))
-    return Report(rows, _versions(), _device_of(model), state_of(layers[0]).settings.route)
+    route = state_of(layers[0]).settings.route
+    return Report(rows, _versions(), _device_of(model), route, tuple(_notes(model, layers)))
+
+
+def _notes(model: nn.Module, layers: list[Any]) -> Iterator[str]:
+    """What a table of calls can't show: layers that got none, and layers that came too late."""
+    idle = sum(not state_of(layer).calls for layer in layers)
+    if idle == len(layers):
+        yield "no calls yet: run the model first; calls inside of compiled graphs are not counted"
+    elif idle:
+        yield f"{idle} of {len(layers)} accelerated layers were not called, or only inside of compiled graphs"
+    unread = _unread(model)
+    late = [m for m in _tuner_layers(model).values() if accelerated_class(m) is not None and id(m) not in unread]
+    if late:
+        yield f"{len(late)} PEFT layers came after accelerate; call it again to include them"
 
 
 def _report(model: nn.Module, layers: dict[str, nn.Module], settings: Settings) -> Report:
     """What each adapter of each layer would do if it were called with what its weights suggest."""
     counts: Counter[tuple[str, str, str, str, str]] = Counter()
+    unread = _unread(model)
     for layer in layers.values():
-        for adapter, method, path, reason in _paths(layer, settings):
+        for adapter, method, path, reason in _paths(layer, settings, called=id(layer) not in unread):
             counts[_name_of(layer), adapter, method, path, reason] += 1
     rows = (Row(*key[:3], count, *key[3:]) for key, count in sorted(counts.items()))
     return Report(tuple(rows), _versions(), _device_of(model), settings.route)
 
 
-def _paths(layer: Any, settings: Settings) -> Iterator[tuple[str, str, str, str]]:
+def _paths(layer: Any, settings: Settings, called: bool) -> Iterator[tuple[str, str, str, str]]:
     """Adapter, method, path and reason for each adapter of a layer."""
     if STATE not in layer.__dict__:
+        why = f"no fused path for {_name_of(layer)}" if called else "nn.MultiheadAttention never calls it"
         for adapter in _adapters_of(layer):
-            yield adapter, "", "original", f"no fused path for {_name_of(layer)}"
+            yield adapter, "", "original", why
         return
     for adapter in layer.reader.adapters(layer):
         method, reason = adapter_path(layer, adapter)
@@ -198,12 +253,21 @@ def _paths(layer: Any, settings: Settings) -> Iterator[tuple[str, str, str, str]
             reason = "switched off"
         ours = base_is_ours(layer)
         if reason is None and not ours and layer.reader.needs_weight(layer, adapter):
-            reason = f"depends on the weight of a {type(layer.base_layer).__name__}"
+            reason = f"depends on the base weight, but {_about_base(layer.base_layer)}"
         if reason:
             yield adapter, method, "original", reason
         else:
-            why = "" if ours else f"the base is a {type(layer.base_layer).__name__} that computes its own product"
-            yield adapter, method, "fused" if ours else "tail", why
+            yield adapter, method, "fused" if ours else "tail", "" if ours else _about_base(layer.base_layer)
+
+
+def _about_base(linear: nn.Module) -> str:
+    """What about a base layer keeps us from computing its product."""
+    weight = getattr(linear, "weight", None)
+    if type(linear) is not nn.Linear and not is_conv1d(linear):
+        return f"the base layer is a {_name_of(linear)}"
+    if isinstance(weight, torch.Tensor) and weight.requires_grad:
+        return "the base weight is trained"
+    return "the base layer has a hook, or a weight that is no whole matrix"
 
 
 def _adapters_of(layer: Any) -> list[str]:
@@ -217,9 +281,13 @@ def _adapters_of(layer: Any) -> list[str]:
 
 
 def _name_of(layer: Any) -> str:
-    """PEFT's class and the folder it is in: lora.Linear."""
-    cls = type(layer).__mro__[2] if isinstance(layer, Accelerated) else type(layer)
+    """A layer's class, PEFT's if it is accelerated, and where that comes from: lora.Linear, bitsandbytes.Linear4bit."""
+    cls = _peft_class(layer)
     return f"{cls.__module__.removeprefix('peft.tuners.').partition('.')[0]}.{cls.__name__}"
+
+
+def _peft_class(layer: Any) -> type[nn.Module]:
+    return type(layer).__mro__[2] if isinstance(layer, Accelerated) else type(layer)
 
 
 def _versions() -> dict[str, str]:

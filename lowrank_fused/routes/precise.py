@@ -31,7 +31,7 @@ def forward(
     o: Options,
 ) -> tuple[Tensor, Saved]:
     """y and what backward needs; x [M, K]."""
-    y = F.linear(x, weight, bias)
+    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return y, add_forward(y, x, a, b, core, drop, o)
 
 
@@ -46,7 +46,7 @@ def add_forward(
         torch.mm(_dropped(x, keep, rows), a.t(), out=s[rows]).mul_(o.keep_scale)
     v = core_forward(s, o.core_kind, core)
     for rows in _blocks(y):
-        y[rows].add_(v[rows] @ b.t(), alpha=o.scale)
+        _add_product(y, rows, v, b.t(), o.scale)
     if keep is None or drop is None:
         return Saved(s, None)
     return Saved(s, drop if drop.dtype == torch.uint8 else pack(keep))
@@ -63,7 +63,7 @@ def backward(
     o: Options,
 ) -> Grads:
     """Gradients that `o` asks for: one pass over dy for gv and dB, one over x for dA, one over dx."""
-    grads = Grads(bias=dy.sum(0) if o.wants_bias else None)
+    grads = Grads(bias=dy.sum(0, dtype=_wide(dy)) if o.wants_bias else None)
     a, b = _widened(a), _widened(b)
     keep = None if saved.mask is None else unpack(saved.mask, a.shape[1])
     gv = torch.empty(dy.shape[0], b.shape[1], dtype=b.dtype, device=dy.device)
@@ -85,16 +85,30 @@ def backward(
     if o.wants_x:
         dx = dy.new_zeros(dy.shape[0], a.shape[1]) if weight is None else dy @ weight
         for rows in _blocks(dx):
-            through = ds[rows] @ a
-            if keep is not None:
-                zero_dropped(through, keep[rows], out=through)
-            dx[rows].add_(through, alpha=o.keep_scale)
+            _add_product(dx, rows, ds, a, o.keep_scale, keep)
         grads.x = dx
     return grads
 
 
 def _widened(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t.to(_wide(t))
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def _add_product(into: Tensor, rows: slice, p: Tensor, q: Tensor, alpha: float, keep: Tensor | None = None) -> None:
+    """Some rows of `into` += alpha · p q, zero where not kept, rounded once."""
+    # Widened here, because an addition of two dtypes takes twice as long.
+    wide = _widened(into[rows])
+    if keep is None:
+        wide.addmm_(p[rows], q, alpha=alpha)
+    else:
+        product = p[rows] @ q
+        wide.add_(zero_dropped(product, keep[rows], out=product), alpha=alpha)
+    if wide.dtype != into.dtype:
+        into[rows].copy_(wide)
 
 
 def _blocks(t: Tensor) -> list[slice]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lowrank_fused.registry import Registry
@@ -35,11 +36,16 @@ class Base(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """One adapter of one layer: its terms, the dropout before it, and a bias [out] of its own."""
+    """One adapter of one layer: its terms, the dropout before it, and a bias [out] of its own.
+
+    `dropped` is what that dropout is given in PEFT if not x in A's dtype: how many columns, and which dtype, None for
+    x's own. Other random numbers belong to it.
+    """
 
     terms: Terms
     dropout: nn.Module
     bias: Tensor | None = None
+    dropped: tuple[int, torch.dtype | None] | None = None
 
 
 class Reader:
@@ -47,6 +53,8 @@ class Reader:
 
     # Our names of the methods it reads.
     methods: tuple[str, ...] = ()
+    # Whether PEFT's layer returns the dtype of x. Under autocast its base layer returns another.
+    returns_dtype_of_input = False
 
     @staticmethod
     def adapters(layer: Any) -> Mapping[str, Any]:

@@ -24,6 +24,7 @@ def tiled_identity(block: Tensor, *, in_features: int) -> tuple[Tensor]:
 @reader("miss.layer:MissLinear")
 class Miss(Reader):
     methods = ("miss",)
+    returns_dtype_of_input = True
 
     @staticmethod
     def adapters(layer: Any) -> Mapping[str, Any]:
@@ -48,4 +49,15 @@ class Miss(Reader):
         b = block.t()
         if layer.miss_fn == "mini":
             b = b.repeat(layer.out_features // len(b), 1)
-        return Part(Terms(a, b), layer.miss_dropout[adapter])
+        return Part(Terms(a, b), layer.miss_dropout[adapter], dropped=(_padded(layer, adapter), block.dtype))
+
+
+def _padded(layer: Any, adapter: str) -> int:
+    """The columns of x when this adapter's dropout sees it: each adapter before it has padded x to whole shards."""
+    columns = layer.in_features
+    for name in layer.active_adapters:
+        if name in layer.miss_block:
+            columns += -columns % len(layer.miss_block[name])
+        if name == adapter:
+            break
+    return columns

@@ -5,23 +5,42 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lowrank_fused.factors.activations import activation_names
-from lowrank_fused.layers import Values
-from lowrank_fused.methods.peanut import Peanut
+from lowrank_fused.factors.activations import activation, activation_names
+from lowrank_fused.factors.weight_factor import weight_factor
+from lowrank_fused.methods.peanut import deepened
 from lowrank_fused.terms import Terms
 
 from . import Base, Part, Reader, Remembered, reader
 
 
-def hidden(weight: Tensor, a: Tensor, *between: Tensor, act_fn: str, transposed: bool) -> tuple[Tensor, ...]:
-    """H [r, in]: the network up to its last matrix, in A's dtype; `between` are its encoders, then its decoders."""
+class _WideProduct(torch.autograd.Function):
+    """A W for A of a wider dtype than the frozen W, which is widened in either direction but kept as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return a @ weight.to(a.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return dz @ weight.to(dz.dtype).t(), None
+
+
+def hidden(weight: Tensor, a: Tensor, *between: Tensor, act_fn: str, transposed: bool) -> tuple[Tensor]:
+    """H [r, in]: the network up to its last matrix, in A's dtype; `between` are its encoders, then its decoders.
+
+    fp32 matrices beside a 16-bit weight are not rounded to it, as in PEFT.
+    """
+    weight, act = (weight.t() if transposed else weight).detach(), activation(act_fn)
+    wider = torch.promote_types(a.dtype, weight.dtype) != weight.dtype
+    h = act(_WideProduct.apply(a, weight)) if wider else weight_factor(a, weight, act_fn)
     depth = len(between) // 2
-    named = {f"peanut_encoders_{i}": w for i, w in enumerate(between[:depth])}
-    named |= {f"peanut_decoders_{i}": w for i, w in enumerate(between[depth:])}
-    values = Values({"peanut_A": a, "peanut_act_fn": act_fn, "peanut_depth": depth, "peanut_orientation": "T", **named})
-    return Peanut.generate(values, (weight.t() if transposed else weight).detach())
+    return (deepened(h, between[:depth], between[depth:], act),)
 
 
 @reader("peanut.layer:Linear")

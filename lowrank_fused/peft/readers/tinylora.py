@@ -15,6 +15,7 @@ from . import Base, Part, Reader, Remembered, reader
 @reader("tinylora.layer:Linear")
 class TinyLora(Reader):
     methods = ("tinylora",)
+    returns_dtype_of_input = True
 
     @staticmethod
     def adapters(layer: Any) -> Mapping[str, Any]:
@@ -31,4 +32,6 @@ class TinyLora(Reader):
     @staticmethod
     def read(layer: Any, adapter: str, base: Base | None, remembered: Remembered) -> Part:
         a, b = TinyLora.tensors(layer, adapter)
-        return Part(Terms(a, b, core=layer._compute_R(adapter).to(a.device)), layer.tinylora_dropout[adapter])
+        terms = Terms(a, b, core=layer._compute_R(adapter).to(a.device))
+        # PEFT casts x after the dropout.
+        return Part(terms, layer.tinylora_dropout[adapter], dropped=(layer.in_features, None))

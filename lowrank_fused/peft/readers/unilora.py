@@ -25,6 +25,7 @@ def factors(
 @reader("unilora.layer:Linear")
 class UniLora(Reader):
     methods = ("unilora",)
+    returns_dtype_of_input = True
 
     @staticmethod
     def adapters(layer: Any) -> Mapping[str, Any]:

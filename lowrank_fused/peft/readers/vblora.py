@@ -29,6 +29,7 @@ def factors(bank: Tensor, logits_a: Tensor, logits_b: Tensor, *, topk: int, trai
 @reader("vblora.layer:Linear")
 class VbLora(Reader):
     methods = ("vblora",)
+    returns_dtype_of_input = True
 
     @staticmethod
     def adapters(layer: Any) -> Mapping[str, Any]:

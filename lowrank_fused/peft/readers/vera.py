@@ -15,6 +15,7 @@ from . import Base, Part, Reader, Remembered, reader
 @reader("vera.layer:Linear")
 class Vera(Reader):
     methods = ("vera",)
+    returns_dtype_of_input = True
 
     @staticmethod
     def adapters(layer: Any) -> Mapping[str, Any]:
