@@ -6,10 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 FOR_DEMO := $(VENV)/.ready-demo
 READY := $(VENV)/.ready
+# The oldest PEFT whose models are accelerated, beside the newest: a folder that goes before the environment's own.
+OLD_PEFT := $(VENV)/peft-0.18
+PEFT_TESTS := $(addprefix tests/test_, accelerate.py peft_calls.py peft_documented.py peft_parity.py peft_surroundings.py)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench-cpu bench-methods gpu-check clean
+.PHONY: help venv demo test lint bench-cpu bench-methods bench-peft gpu-check clean
 
 help: ## list the verbs
 	@awk -F ': .*## ' '/^[a-z-]+:.* ## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,14 +32,16 @@ $(FOR_DEMO): setup.py constraints.txt
 
 $(READY): $(FOR_DEMO)
 	$(PIP) -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --no-deps --upgrade --target $(OLD_PEFT) peft==0.18.1
 	@touch $@
 
 # Threads that wait do not spin: beside other work on the same cores, spinning made the demo four times slower.
-demo: $(FOR_DEMO) ## fine-tune MiniLM on movie reviews, with PEFT and with this package; results in out/demo
+demo: $(FOR_DEMO) ## fine-tune MiniLM on movie reviews with PEFT, accelerated PEFT and our layers; results in out/demo
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m lowrank_fused.demo
 
 test: lint ## everything that CI runs: lint, types, tests, and each benchmark once
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 300
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(OLD_PEFT) $(BIN)/python -m pytest -n 2 --timeout 300 $(PEFT_TESTS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest bench --benchmark-disable --timeout 300
 
 lint: $(READY) ## ruff and mypy
@@ -49,6 +54,9 @@ bench-cpu: $(READY) ## measure layers and a training step on this CPU against PE
 
 bench-methods: $(READY) ## measure every method on this CPU against PEFT's layer or its authors' algorithm
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.methods
+
+bench-peft: $(READY) ## measure PEFT's layers and a training step on this CPU against the same accelerated
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.accelerated
 
 gpu-check: $(READY) ## everything that needs a CUDA device: tests at real sizes, benchmarks; exits 3 without one
 	HF_HUB_OFFLINE=1 $(BIN)/python -m bench.gpu_check

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lowrank_fused as lf
 from lowrank_fused.benchmark import Step
 from lowrank_fused.demo.data import Batch, model_folder
-from lowrank_fused.demo.model import OURS, PEFT, SentimentModel, adapted_pair, load_base
+from lowrank_fused.demo.model import OURS, PEFT, SentimentModel, adapted_models, load_base
 from lowrank_fused.errors import UnsupportedError
 from lowrank_fused.tools.model_shapes import build
 
@@ -61,9 +61,10 @@ def demo_steps(dropout: float, batch: int, length: int) -> tuple[dict[str, Train
         ids = torch.randint(1000, 30000, (batch, length))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         data = Batch(inputs, torch.arange(batch) % 2)
-        pair = adapted_pair(base, dropout)
+        models = adapted_models(base, dropout)
     names = {"peft": PEFT, "ours": OURS}
-    return {key: TrainingStep.of(pair[name], lambda m=pair[name]: m.loss(data)) for key, name in names.items()}, weights  # type: ignore[misc]
+    chosen = {key: models[name] for key, name in names.items()}
+    return {key: TrainingStep.of(m, lambda m=m: m.loss(data)) for key, m in chosen.items()}, weights  # type: ignore[misc]
 
 
 @dataclass(frozen=True)

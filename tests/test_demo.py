@@ -1,7 +1,8 @@
-"""The demo on a small scale: the real model, real text, both trainings, everything it writes."""
+"""The demo on a small scale: the real model, real text, all trainings, everything it writes."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
 import json
@@ -18,7 +19,17 @@ from typer.testing import CliRunner
 from lowrank_fused.demo import Result, Settings, data, race, run
 from lowrank_fused.demo.__main__ import main
 from lowrank_fused.demo.data import Snippet
-from lowrank_fused.demo.model import OURS, PEFT, adapted_pair, layers_with_adapter, load_base, load_tokenizer
+from lowrank_fused.demo.model import (
+    ACCELERATED,
+    FUSED,
+    MODELS,
+    OURS,
+    PEFT,
+    adapted_models,
+    layers_with_adapter,
+    load_base,
+    load_tokenizer,
+)
 from lowrank_fused.errors import UnsupportedError
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "demo"
@@ -60,28 +71,39 @@ def demo(model_folder, reviews, tmp_path_factory) -> tuple[Result, str]:
         out=tmp_path_factory.mktemp("out"),
         cache=CACHE,
     )
-    console = Console(record=True, width=100, file=io.StringIO())
+    console = Console(record=True, width=80, file=io.StringIO())
     return run(settings, console), console.export_text()
 
 
-def test_both_losses_agree_to_rounding_and_fall(demo):
+def test_all_losses_agree_to_rounding_and_fall(demo):
     result, _ = demo
     plain = result.sections[0]
-    for name in (PEFT, OURS):
+    for name in MODELS:
         losses = plain.courses[name].losses
         assert len(losses) == 10
         assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
-    assert plain.largest_loss_difference() < 2e-5
+        assert max(plain.loss_differences(name)) < 2e-5
+        assert result.accuracy[name] == result.accuracy[PEFT]
     assert result.agrees
-    assert result.accuracy[PEFT] == result.accuracy[OURS]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_course_of_its_own_shows_in_the_verdict(demo, name):
+    result = copy.deepcopy(demo[0])
+    result.sections[0].courses[name].losses[4] += 0.01
+    assert not result.agrees
 
 
 def test_dropout_reaches_our_adapters(demo):
-    """With adapter dropout the two masks differ, so equal losses would mean that there is none."""
+    """With adapter dropout our masks differ from PEFT's, so equal losses would mean that there is none; both models
+    that run on our engine draw the same.
+    """
     dropped = demo[0].sections[1]
     assert dropped.dropout == 0.1
-    assert len(dropped.courses[OURS].losses) == 2
-    assert 1e-6 < dropped.largest_loss_difference() < 0.3
+    for name in FUSED:
+        assert len(dropped.courses[name].losses) == 2
+        assert 1e-6 < max(dropped.loss_differences(name)) < 0.3
+    assert dropped.courses[ACCELERATED].losses == pytest.approx(dropped.courses[OURS].losses, abs=2e-5)
 
 
 def test_kept_bytes_are_those_of_the_formula(demo):
@@ -90,58 +112,71 @@ def test_kept_bytes_are_those_of_the_formula(demo):
     for section in (plain, dropped):
         shapes = {(k.in_features, k.out_features): k.layers for k in section.kept}
         assert shapes == {(384, 384): 24, (384, 1536): 6, (1536, 384): 6}
-    for kept in plain.kept:
-        assert kept.bytes_per_token[OURS] == FP32 * (kept.in_features + RANK)
-    for kept in dropped.kept:
-        assert kept.bytes_per_token[OURS] == FP32 * (kept.in_features + RANK) + kept.in_features / 8
-        assert kept.bytes_per_token[OURS] < 0.6 * kept.bytes_per_token[PEFT]
-    assert plain.kept_by_step[OURS] <= plain.kept_by_step[PEFT]
-    assert dropped.kept_by_step[OURS] < 0.8 * dropped.kept_by_step[PEFT]
+    for name in FUSED:
+        for kept in plain.kept:
+            assert kept.bytes_per_token[name] == FP32 * (kept.in_features + RANK)
+        for kept in dropped.kept:
+            assert kept.bytes_per_token[name] == FP32 * (kept.in_features + RANK) + kept.in_features / 8
+            assert kept.bytes_per_token[name] < 0.6 * kept.bytes_per_token[PEFT]
+        assert plain.kept_by_step[name] <= plain.kept_by_step[PEFT]
+        assert dropped.kept_by_step[name] < 0.8 * dropped.kept_by_step[PEFT]
 
 
 def test_routes_are_those_that_ran(demo):
     result, printed = demo
     for section in result.sections:
-        assert {use.route for use in section.routes} == {"addmm"}
-        for direction in ("forward", "backward"):
-            assert sum(use.calls for use in section.routes if use.direction == direction) == 36
+        for name in FUSED:
+            assert {use.route for use in section.routes[name]} == {"addmm"}
+            for direction in ("forward", "backward"):
+                assert sum(use.calls for use in section.routes[name] if use.direction == direction) == 36
     assert "Route addmm" in printed
     assert "No Triton kernel ran" in printed
 
 
 def test_one_table_and_files(demo):
     result, printed = demo
-    for row in (
-        "accuracy before",
-        "accuracy after",
-        "largest loss difference",
-        "median step",
-        "kept, 384 to 1536",
+    header = next(line for line in printed.splitlines() if line.startswith("┃"))
+    assert [cell.strip() for cell in header.split("┃")[2:-1]] == list(MODELS)
+    lines = [line for line in printed.splitlines() if line.startswith("│")]
+    for row, filled in (
+        ("accuracy before", 3),
+        ("accuracy after", 3),
+        ("largest loss difference", 2),
+        ("median step", 3),
+        ("speed-up", 2),
+        ("kept, 384 to 1536", 3),
+        ("kept, whole model", 3),
     ):
-        assert row in printed
+        line = next(line for line in lines if row in line)
+        assert "…" not in line
+        assert sum(bool(cell.strip()) for cell in line.split("│")[2:-1]) == filled
     out = result.settings.out
     for name in ("loss.png", "timing.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     written = json.loads((out / "demo.json").read_text())
-    assert written["sections"][0]["courses"][OURS]["losses"] == result.sections[0].courses[OURS].losses
-    assert written["sections"][1]["speedup"]["p50"] == result.sections[1].speedup().p50 > 0
+    for name in FUSED:
+        assert written["sections"][0]["courses"][name]["losses"] == result.sections[0].courses[name].losses
+        assert written["sections"][1]["speedup"][name]["p50"] == result.sections[1].speedup(name).p50 > 0
 
 
-def test_the_pair_starts_as_the_same_function(model_folder):
+def test_all_models_start_as_the_same_function(model_folder):
     pytest.importorskip("peft")
     torch.manual_seed(0)
     base = load_base(model_folder, torch.device("cpu"), torch.float32).eval()
-    pair = adapted_pair(base, 0.0)
-    for ours, theirs in zip(*(layers_with_adapter(pair[name]) for name in (OURS, PEFT)), strict=True):
+    models = adapted_models(base, 0.0)
+    assert list(models) == list(MODELS)
+    for theirs, accelerated, ours in zip(*(layers_with_adapter(models[name]) for name in MODELS), strict=True):
         assert torch.equal(ours.lora_A, theirs.lora_A["default"].weight)
+        assert torch.equal(accelerated.lora_A["default"].weight, theirs.lora_A["default"].weight)
         assert ours.lora_A.abs().sum() > 0
-    trained = [sum(p.numel() for p in pair[name].parameters() if p.requires_grad) for name in (OURS, PEFT)]
-    assert trained == [332_546, 332_546]
+        assert type(accelerated).__mro__[2] is type(theirs)
+    trained = [sum(p.numel() for p in models[name].parameters() if p.requires_grad) for name in MODELS]
+    assert trained == [332_546] * 3
     batch = next(data.batches(load_tokenizer(model_folder), [Snippet("a fine film", True)] * 2, 2, seed=0))
     with torch.no_grad():
-        logits = [model.eval()(batch.inputs) for model in (base, pair[OURS], pair[PEFT])]
-    assert torch.allclose(logits[0], logits[1], atol=1e-6)
-    assert torch.allclose(logits[0], logits[2], atol=1e-6)
+        expected = base(batch.inputs)
+        for model in models.values():
+            assert torch.allclose(model.eval()(batch.inputs), expected, atol=1e-6)
 
 
 def test_split_is_clear_disjoint_and_fixed(reviews):

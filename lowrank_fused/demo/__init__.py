@@ -1,7 +1,7 @@
-"""The demo: one pretrained model and one labelled data set, fine-tuned twice from the same start.
+"""The demo: one pretrained model and one labelled data set, fine-tuned three times from the same start.
 
-Once with PEFT's LoRA as it ships, once with this package, step by step in turn; what differs between the two
-is reported in one table, in two pictures and in a JSON file.
+With PEFT's LoRA as it ships, with the same after `accelerate`, and with this package's own layers, step by step in
+turn; what differs between them is reported in one table, in two pictures and in a JSON file.
 """
 
 from __future__ import annotations

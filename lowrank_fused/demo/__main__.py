@@ -29,7 +29,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the pictures and the JSON.")] = DEFAULT.out,
     cache: Annotated[Path, typer.Option(help="Folder for the downloaded text.")] = DEFAULT.cache,
 ) -> None:
-    """Fine-tune MiniLM on movie-review snippets with PEFT's LoRA and with this package, and compare them."""
+    """Fine-tune MiniLM on movie-review snippets with PEFT's LoRA, the same accelerated, and our own; compare them."""
     try:
         settings = Settings(
             snippets=snippets,
@@ -52,7 +52,7 @@ def main(
     except UnsupportedError as error:
         stop(FAILED, str(error))
     if not result.agrees:
-        stop(FAILED, "the losses of the two trainings differ by more than rounding explains")
+        stop(FAILED, "the losses of the trainings differ by more than rounding explains")
 
 
 def parse_device(name: str) -> torch.device:

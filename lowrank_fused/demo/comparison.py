@@ -16,7 +16,7 @@ from ..errors import UnsupportedError
 from ..tools.doctor import best_device, environment
 from . import report
 from .data import Batch, batches, fetch_reviews, model_folder, split
-from .model import OURS, PEFT, SentimentModel, adapted_pair, load_base, load_tokenizer
+from .model import FUSED, PEFT, SentimentModel, adapted_models, load_base, load_tokenizer
 from .observe import Kept, RouteUse, kept_by_step, kept_for_backward, routes_of
 from .race import Course, accuracy, race
 
@@ -34,7 +34,7 @@ LOSS_AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 class Settings:
     """What to run, where, and where to leave the results.
 
-    Without adapter dropout both models go through the same arithmetic, so their losses can be compared; the
+    Without adapter dropout all models go through the same arithmetic, so their losses can be compared; the
     second, shorter training with `dropout` is there for its time and memory. `device` and `dtype` None mean
     the CUDA device and bfloat16 weights if there is one, else the CPU and float32; adapters are float32,
     where PEFT puts them.
@@ -65,9 +65,9 @@ class Settings:
 
 @dataclass
 class Section:
-    """One training of the two models: without dropout the whole one, with dropout a short one.
+    """One training of the models: without dropout the whole one, with dropout a short one.
 
-    `tokens` is the size of every step's batch, padding included.
+    `tokens` is the size of every step's batch, padding included; `routes` those of the models that run by ours.
     """
 
     dropout: float
@@ -75,20 +75,20 @@ class Section:
     courses: dict[str, Course]
     kept: list[Kept]
     kept_by_step: dict[str, int]
-    routes: list[RouteUse]
+    routes: dict[str, list[RouteUse]]
 
     def step_ms(self, name: str) -> Spread:
         """Wall time of a step."""
         return Spread.of(self.timed(self.courses[name].step_ms))
 
-    def speedup(self) -> Spread:
-        """PEFT's time over ours, step by step."""
-        return paired_ratio(*(self.timed(self.courses[name].step_ms) for name in (PEFT, OURS)))
+    def speedup(self, name: str) -> Spread:
+        """PEFT's time over this model's, step by step."""
+        return paired_ratio(*(self.timed(self.courses[who].step_ms) for who in (PEFT, name)))
 
-    def largest_loss_difference(self) -> float:
-        """Over all steps, between the two models."""
-        losses = (self.courses[name].losses for name in (PEFT, OURS))
-        return max(abs(theirs - ours) for theirs, ours in zip(*losses, strict=True))
+    def loss_differences(self, name: str) -> list[float]:
+        """Between this model and PEFT's, in every step."""
+        losses = (self.courses[who].losses for who in (PEFT, name))
+        return [abs(theirs - others) for theirs, others in zip(*losses, strict=True)]
 
     @staticmethod
     def timed(values: list[T]) -> list[T]:
@@ -109,16 +109,16 @@ class Result:
 
     @property
     def agrees(self) -> bool:
-        """Whether the two losses stayed within what rounding explains, at every step without dropout."""
-        return self.sections[0].largest_loss_difference() <= LOSS_AGREEMENT[self.dtype]
+        """Whether all losses stayed within what rounding explains, at every step without dropout."""
+        return all(max(self.sections[0].loss_differences(name)) <= LOSS_AGREEMENT[self.dtype] for name in FUSED)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the derived numbers beside the measured ones."""
         plain = asdict(self)
         for values, section in zip(plain["sections"], self.sections, strict=True):
             values["median_step_ms"] = {name: section.step_ms(name).p50 for name in section.courses}
-            values["speedup"] = asdict(section.speedup())
-            values["largest_loss_difference"] = section.largest_loss_difference()
+            values["speedup"] = {name: asdict(section.speedup(name)) for name in FUSED}
+            values["largest_loss_difference"] = {name: max(section.loss_differences(name)) for name in FUSED}
         return plain
 
 
@@ -145,13 +145,13 @@ def run(settings: Settings | None = None, console: Console | None = None) -> Res
     ]
     judged = [batch.to(device) for batch in batches(tokenizer, held_out, settings.batch_size, seed=0)]
     with _progress(console) as progress:
-        pair = adapted_pair(base, 0.0)
-        before = _judge(pair, judged, progress, "accuracy before")
-        plain = _train(pair, 0.0, steps, settings, progress)
-        after = _judge(pair, judged, progress, "accuracy after")
+        models = adapted_models(base, 0.0)
+        before = _judge(models, judged, progress, "accuracy before")
+        plain = _train(models, 0.0, steps, settings, progress)
+        after = _judge(models, judged, progress, "accuracy after")
         short = steps[: settings.dropout_steps]
-        dropped = _train(adapted_pair(base, settings.dropout), settings.dropout, short, settings, progress)
-    accuracies = {name: (before[name], after[name]) for name in pair}
+        dropped = _train(adapted_models(base, settings.dropout), settings.dropout, short, settings, progress)
+    accuracies = {name: (before[name], after[name]) for name in models}
     result = Result(settings, device, dtype, accuracies, [plain, dropped])
     report.show(result, console)
     report.write(result, console)
@@ -177,19 +177,18 @@ def _judge(models: dict[str, SentimentModel], judged: list[Batch], progress: Pro
 
 
 def _train(
-    pair: dict[str, SentimentModel],
+    models: dict[str, SentimentModel],
     dropout: float,
     steps: list[Batch],
     settings: Settings,
     progress: Progress,
 ) -> Section:
     """Look at the models first, then train them side by side."""
-    kept = kept_for_backward(pair)
-    by_step = {name: kept_by_step(model, steps[0]) for name, model in pair.items()}
-    routes = routes_of(pair[OURS], steps[0])
-    title = f"training both, dropout {dropout:g}"
-    task = progress.add_task(title, total=len(steps))
-    courses = race(pair, steps, settings.learning_rate, lambda: progress.advance(task))
+    kept = kept_for_backward(models)
+    by_step = {name: kept_by_step(model, steps[0]) for name, model in models.items()}
+    routes = {name: routes_of(models[name], steps[0]) for name in FUSED}
+    task = progress.add_task(f"training all, dropout {dropout:g}", total=len(steps))
+    courses = race(models, steps, settings.learning_rate, lambda: progress.advance(task))
     tokens = [batch.inputs["input_ids"].numel() for batch in steps]
     return Section(dropout, tokens, courses, kept, by_step, routes)
 

@@ -1,4 +1,4 @@
-"""A sentence classifier on a pretrained encoder, with PEFT's LoRA and with ours, equal at the start."""
+"""A sentence classifier on a pretrained encoder with LoRA: by PEFT, by PEFT accelerated, by us; equal at the start."""
 
 from __future__ import annotations
 
@@ -12,12 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import AdapterConfig, inject
+from .. import AdapterConfig, accelerate, inject
 from .data import Batch
 
-__all__ = ["OURS", "PEFT", "SentimentModel", "adapted_pair", "load_base", "load_tokenizer"]
+__all__ = [
+    "ACCELERATED",
+    "FUSED",
+    "MODELS",
+    "OURS",
+    "PEFT",
+    "SentimentModel",
+    "adapted_models",
+    "load_base",
+    "load_tokenizer",
+]
 
-PEFT, OURS = "eager PEFT", "lowrank_fused"
+MODELS = PEFT, ACCELERATED, OURS = "eager PEFT", "accelerated PEFT", "native layers"
+FUSED = (ACCELERATED, OURS)  # those that run on our engine
 RANK, ALPHA = 8, 16
 
 
@@ -79,27 +90,29 @@ def linear_paths(encoder: nn.Module) -> list[str]:
     return [path for path, module in encoder.named_modules() if isinstance(module, nn.Linear)]
 
 
-def adapted_pair(base: SentimentModel, dropout: float) -> dict[str, SentimentModel]:
-    """Two copies of `base` with LoRA on every linear of the encoder: PEFT's, as it ships, and ours.
+def adapted_models(base: SentimentModel, dropout: float) -> dict[str, SentimentModel]:
+    """Copies of `base` with LoRA on every linear of the encoder: PEFT's as it ships, PEFT's accelerated, and ours.
 
-    Both start from PEFT's random A and from B = 0, so that they are the same function of the same parameters.
+    All start from PEFT's random A and from B = 0, so that they are the same function of the same parameters.
     """
     from peft import LoraConfig, get_peft_model
 
-    pair = {PEFT: copy.deepcopy(base), OURS: copy.deepcopy(base)}
+    models = {PEFT: copy.deepcopy(base), OURS: copy.deepcopy(base)}
     paths = linear_paths(base.encoder)
     theirs = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=paths)
     ours = AdapterConfig(method="lora", rank=RANK, alpha=ALPHA, dropout=dropout, target_modules=paths)
     with warnings.catch_warnings():
         # PEFT asks the encoder for an attribute that transformers is renaming.
         warnings.simplefilter("ignore", FutureWarning)
-        pair[PEFT].encoder = get_peft_model(pair[PEFT].encoder, theirs)
-    inject(pair[OURS].encoder, ours)
+        models[PEFT].encoder = get_peft_model(models[PEFT].encoder, theirs)
+    models[ACCELERATED] = copy.deepcopy(models[PEFT])
+    accelerate(models[ACCELERATED])
+    inject(models[OURS].encoder, ours)
     with torch.no_grad():
-        for layer, peft_layer in zip(layers_with_adapter(pair[OURS]), layers_with_adapter(pair[PEFT]), strict=True):
+        for layer, peft_layer in zip(layers_with_adapter(models[OURS]), layers_with_adapter(models[PEFT]), strict=True):
             layer.lora_A.copy_(peft_layer.lora_A["default"].weight)
             layer.lora_B.copy_(peft_layer.lora_B["default"].weight)
-    return pair
+    return {name: models[name] for name in MODELS}
 
 
 def layers_with_adapter(model: SentimentModel) -> list[Any]:
