@@ -653,19 +653,25 @@ def through_a_file(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.skipif(not NEW, reason="PEFT 0.18 has classes of its own for VeRA on bitsandbytes")
+@pytest.mark.parametrize("method", ["vera", "adalora"])
 @pytest.mark.parametrize("base", ["nf4", "int8"])
-def test_vera_too(base):
+def test_other_methods_too(base, method):
+    if method == "vera" and not NEW:
+        pytest.skip("PEFT 0.18 has classes of its own for VeRA on bitsandbytes")
     name, settings = BITSANDBYTES[base]
+    config = {
+        "vera": lambda: peft.VeraConfig(r=8, target_modules=["fc"], d_initial=0.5, vera_dropout=0.1),
+        "adalora": lambda: peft.AdaLoraConfig(init_r=4, target_modules=["fc"], total_step=9, lora_dropout=0.1),
+    }[method]
 
     def make() -> nn.Module:
         net = Net(bnb(name, True, **settings))
         net.is_loaded_in_4bit, net.is_loaded_in_8bit = name == "Linear4bit", name == "Linear8bitLt"
-        model = peft.get_peft_model(net, peft.VeraConfig(r=8, target_modules=["fc"], d_initial=0.5))
+        model = peft.get_peft_model(net, config())
         torch.manual_seed(1)
         for parameter in model.parameters():
             if parameter.requires_grad:
-                nn.init.normal_(parameter)
+                nn.init.normal_(parameter, std=0.3)
         return model
 
     ours, theirs = twins(make)
@@ -673,7 +679,7 @@ def test_vera_too(base):
     found, known = run(ours, ours, x, dy), run(theirs, theirs, x, dy)
     for name, value in found.items():
         torch.testing.assert_close(value, known[name], msg=lambda m, name=name: f"{name}: {m}")
-    assert paths(ours) == {("tail", ""): 1} and len(found) == 4
+    assert paths(ours) == {("tail", ""): 1} and len(found) == {"vera": 4, "adalora": 5}[method]
 
 
 # PEFT's other classes, on a stand-in

@@ -251,6 +251,8 @@ def _paths(layer: Any, settings: Settings, called: bool) -> Iterator[tuple[str, 
         method, reason = adapter_path(layer, adapter)
         if settings.route == "off":
             reason = "switched off"
+        if "forward" in layer.__dict__:
+            reason = "its forward was replaced on the instance, by a device hook perhaps"
         ours = base_is_ours(layer)
         if reason is None and not ours and layer.reader.needs_weight(layer, adapter):
             reason = f"depends on the base weight, but {_about_base(layer.base_layer)}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowrank_fused.terms import Terms
@@ -37,3 +39,13 @@ class AdaLora(Reader):
         diagonal = layer.lora_E[adapter][:, 0] * (layer.scaling[adapter] / (layer.ranknum[adapter] + 1e-5))
         terms = Terms(layer.lora_A[adapter], layer.lora_B[adapter], core=diagonal)
         return Part(terms, layer.lora_dropout[adapter])
+
+
+@reader("adalora.bnb:SVDLinear4bit", "adalora.bnb:SVDLinear8bitLt", "adalora.gptq:SVDQuantLinear")
+class AdaLoraUncast(AdaLora):
+    """Beside a quantised base, where x is not cast under autocast, by which PEFT means that of CUDA wherever x is."""
+
+    @staticmethod
+    def read(layer: Any, adapter: str, base: Base | None, remembered: Remembered) -> Part:
+        part = AdaLora.read(layer, adapter, base, remembered)
+        return replace(part, dropped=(layer.in_features, None)) if torch.is_autocast_enabled() else part
