@@ -26,7 +26,6 @@ from .operands import (
     rows_of,
     run_backward,
     save_for_backward,
-    scaled_in_graphs,
     without_autocast,
 )
 from .routes.problem import Options
@@ -130,7 +129,8 @@ def lowrank_add(
     if torch.is_autocast_enabled(x.device.type):
         x, precision = x.to(torch.get_autocast_dtype(x.device.type)), "fast"
     check_dtypes(x, a, b)
-    b, scale = scaled_in_graphs(b, scale)
+    if isinstance(scale, Tensor):
+        b, scale = b * scale.to(b.dtype), 1.0
     if out is not None:
         b = b * out.to(b.dtype)[:, None]
     options = options_of(scale, kind, dropout_p, x, a, b, middle, None)

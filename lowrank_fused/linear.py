@@ -29,7 +29,6 @@ from .operands import (
     rows_of,
     run_backward,
     save_for_backward,
-    scaled_in_graphs,
     without_autocast,
 )
 from .routes.problem import Options
@@ -156,7 +155,8 @@ def lowrank_linear(
             seed=seed, keep=keep, label=label, inplace=True,
         )  # fmt: skip
     drop = mask_source(x, dropout_p, seed, keep)
-    b, scale = scaled_in_graphs(b, scale)
+    if isinstance(scale, Tensor):
+        b, scale = b * scale.to(b.dtype), 1.0
     if out is not None:
         b = b * out.to(b.dtype)[:, None]
     inner_bias = None if col is not None else bias

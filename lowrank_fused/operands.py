@@ -28,7 +28,6 @@ __all__ = [
     "rows_of",
     "run_backward",
     "save_for_backward",
-    "scaled_in_graphs",
     "without_autocast",
 ]
 
@@ -75,16 +74,6 @@ def mask_source(x: Tensor, dropout_p: float, seed: Tensor | None, keep: Tensor |
             raise ValueError(f"keep must be boolean in x's shape {list(x.shape)}, got {keep.dtype} {list(keep.shape)}")
         return pack_any(keep)
     return draw_seed(x.device) if seed is None else seed
-
-
-def scaled_in_graphs(b: Tensor, scale: float | Tensor) -> tuple[Tensor, float]:
-    """B times a scale that operators can't take: a tensor, or in a compiled graph any, which may change.
-
-    A graph is made anew for every value of a number that goes into an operator of ours.
-    """
-    if isinstance(scale, Tensor):
-        return b * scale.to(b.dtype), 1.0
-    return (b * scale, 1.0) if torch.compiler.is_compiling() else (b, scale)
 
 
 def options_of(scale: float, kind: str, dropout_p: float, *operands: Tensor | None) -> Options:

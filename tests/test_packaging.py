@@ -147,7 +147,7 @@ def test_metadata_states_the_requirements(wheel):
     said = metadata(wheel)
     assert said["License-Expression"] == "Apache-2.0"
     assert said["Requires-Python"] == ">=3.10"
-    assert set(said.get_all("Provides-Extra")) == {"peft", "bench", "demo", "dev"}
+    assert set(said.get_all("Provides-Extra")) == {"peft", "bench", "demo", "examples", "dev"}
     required = [Requirement(text) for text in said.get_all("Requires-Dist")]
     always = {r.name: str(r.specifier) for r in required if r.marker is None or "extra" not in str(r.marker)}
     assert always["torch"] == ">=2.8"

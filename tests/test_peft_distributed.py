@@ -204,8 +204,9 @@ CASES = {
 def train(model: nn.Module, case: Case, rank: int) -> list[float]:
     """The losses of this process."""
     torch.manual_seed(7 + rank)
-    rate = 2e-2 if case.method == "peanut" else 5e-3
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    # Not Adam, which doesn't mind a gradient that is wrong by a factor.
+    rate = 1.0 if case.method == "peanut" else 0.1
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate, momentum=0.9)
     losses = []
     for step, batch in enumerate(rows(rank, STEPS)):
         waits = case.accumulates and step % 2 == 0
@@ -260,9 +261,12 @@ def evaluated_after_edits(method: str, *, accelerated: bool) -> list[float]:
     fsdp2(model)
     batch = next(rows(0, 1))
 
-    @torch.no_grad()
     def loss() -> float:
-        return model(**batch).loss.item()
+        """In a forward that is differentiated, since nothing is remembered of others."""
+        value = model(**batch).loss
+        value.backward()
+        model.zero_grad()
+        return value.item()
 
     losses = [loss()]
     g = torch.Generator().manual_seed(3)
@@ -273,7 +277,7 @@ def evaluated_after_edits(method: str, *, accelerated: bool) -> list[float]:
             state[name] = value + 0.3 * torch.randn(value.shape, generator=g)
     set_model_state_dict(model, state, options=full)
     losses.append(loss())
-    for factor in (1.5, 0.5):
+    for factor in (1.5, 0.3, 3.0, 0.4, 2.0):
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -368,7 +372,7 @@ def test_nothing_is_remembered_of_shards(method, results):
         pytest.skip(f"PEFT {peft.__version__} has no PEANuT")
     for of_rank in results:
         theirs, ours = of_rank[f"edited {method}"]
-        assert min(abs(a - b) for a, b in zip(theirs, theirs[1:], strict=False)) > 1e-3
+        assert min(abs(a - b) for a, b in zip(theirs, theirs[1:], strict=False)) > 20 * TOLERANCE
         assert ours == pytest.approx(theirs, abs=TOLERANCE)
 
 

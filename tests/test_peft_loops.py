@@ -32,6 +32,7 @@ from transformers import (
 )
 
 import lowrank_fused as lf
+from lowrank_fused.peft.layers import Accelerated, state_of
 
 STEPS, BATCH, LAYERS = 12, 4, 14
 TARGETS = r".*_proj"
@@ -103,7 +104,7 @@ def adapters_of(model: nn.Module) -> dict[str, Tensor]:
 def calls_of(model: nn.Module) -> Counter[tuple[str, str]]:
     """(path, reason) -> calls of all layers together; none for a model that is not accelerated."""
     calls: Counter[tuple[str, str]] = Counter()
-    if any("Accelerated" in type(module).__name__ for module in model.modules()):
+    if any(isinstance(module, Accelerated) for module in model.modules()):
         for row in lf.explain(model).rows:
             calls[row.path, row.reason] += row.calls or 0
     return calls
@@ -179,17 +180,19 @@ def plain(precision: str = "fp32", method: str = "lora", dropout: float = 0.0, *
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, enabled=how.scaled)
     torch.manual_seed(2)
-    losses, scales = [], []
+    losses, scales, norms = [], [], []
     for batch in batches():
         with torch.autocast("cpu", dtype=how.autocast, enabled=how.autocast is not None):
             loss = model(**batch).loss
         scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), math.inf)))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         losses.append(loss.item())
         scales.append(scaler.get_scale())
-    return course_of(model, losses, scales=scales)
+    return course_of(model, losses, scales=scales, norms=norms)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -308,7 +311,7 @@ COMMON: dict[str, Any] = {
     "disable_tqdm": True,
     "seed": 3,
 }
-QUIET = {"save_strategy": "no", "logging_strategy": "no"}
+QUIET = {"save_strategy": "no", "logging_steps": 1}
 
 
 def callbacks(how: str) -> list[TrainerCallback]:
@@ -349,7 +352,8 @@ def trained(how: str, case: str, method: str, dropout: float) -> Course:
     """With Transformers' Trainer."""
     trainer = trainer_of(how, "unused", method, dropout, **QUIET, **TRAINER_OPTIONS[case])
     trainer.train()
-    return course_of(trainer.model, trainer.losses, evaluated=trainer.logged("eval_loss"))
+    evaluated, norms = trainer.logged("eval_loss"), trainer.logged("grad_norm")
+    return course_of(trainer.model, trainer.losses, evaluated=evaluated, norms=norms)
 
 
 @pytest.mark.parametrize(("how", "dropout"), [("before", 0.1), ("callback", 0.0), ("callback", 0.1)])
@@ -364,7 +368,14 @@ def test_trainer(case, how, dropout, in_tmp_path):
 @pytest.mark.parametrize("case", ["accumulated", "checkpointed", "checkpointed, reentrant"])
 def test_factors_that_are_remembered_between_steps(case, method, in_tmp_path):
     """DoRA's norms and PEANuT's network are evaluated once per step, for all its micro-batches and recomputations."""
-    assert_same(trained("never", case, method, 0.0), trained("callback", case, method, 0.0), forwards=FORWARDS[case])
+    theirs = trained("never", case, method, 0.0)
+    trainer = trainer_of("before", "unused", method, **QUIET, **TRAINER_OPTIONS[case])
+    trainer.train()
+    norms = trainer.logged("grad_norm")
+    assert_same(theirs, course_of(trainer.model, trainer.losses, evaluated=[], norms=norms), forwards=FORWARDS[case])
+    layers = [module for module in trainer.model.modules() if isinstance(module, Accelerated)]
+    kept = [kept for layer in layers for *_, kept in state_of(layer).generated.values()]
+    assert [each.evaluations for each in kept] == [STEPS] * LAYERS
 
 
 def test_trainer_in_bf16(in_tmp_path):
@@ -440,7 +451,7 @@ def sft(how: str, dropout: float, **options: Any) -> Course:
         callbacks=callbacks(how),
     )
     trainer.train()
-    return course_of(trainer.model, trainer.losses)
+    return course_of(trainer.model, trainer.losses, norms=trainer.logged("grad_norm"))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -450,7 +461,7 @@ def test_trl_sft(checkpointing, dropout, in_tmp_path):
     assert_same(theirs, ours, forwards=STEPS * (1 + checkpointing))
 
 
-LOGGED = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
+LOGGED = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected", "grad_norm")
 
 
 def dpo(how: str, dropout: float, *, trained_before: bool) -> Course:
@@ -465,7 +476,7 @@ def dpo(how: str, dropout: float, *, trained_before: bool) -> Course:
             parameter.data.add_(torch.randn(parameter.shape, generator=g), alpha=0.1)
         if how != "never":
             lf.accelerate(model, dropout="torch", strict=True)
-    options = {**COMMON, **QUIET, "logging_strategy": "steps", "logging_steps": 1, "gradient_checkpointing": False}
+    options = {**COMMON, **QUIET, "gradient_checkpointing": False}
     pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " who knows"} for row in SUMS]
     trainer = recorded(
         model=model,

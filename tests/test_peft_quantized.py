@@ -737,6 +737,8 @@ def layer_class(request, monkeypatch) -> type[nn.Module]:
         monkeypatch.setattr(peft.tuners.lora, library.file, sys.modules[place])
         monkeypatch.delitem(sys.modules, place)
     cls = getattr(importlib.import_module(place), library.layer)
+    for made in accelerated_layers.accelerated_classes().values():
+        monkeypatch.setattr(accelerated_layers, made.__name__, made)  # pickles look for them there afterwards
     monkeypatch.setattr(accelerated_layers, "_classes", {})
     if hasattr(cls, "_check_dtype_supported"):
         monkeypatch.setattr(cls, "_check_dtype_supported", lambda self: None)

@@ -59,11 +59,16 @@ repeat_blocks = define(
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Any) -> None:
     ctx.counts = inputs[2:]
+    ctx.set_materialize_grads(False)
 
 
 @torch.autograd.function.once_differentiable
-def _pull_back(ctx: Any, da: Tensor, db: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    return *repeat_blocks(da, db, *ctx.counts), None, None
+def _pull_back(ctx: Any, da: Tensor | None, db: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+    count_a, count_b = ctx.counts
+    if da is not None and db is not None:
+        return *repeat_blocks(da, db, count_a, count_b), None, None
+    # What nobody asked for stays None, so that a factor seems to depend on its own blocks alone.
+    return None if da is None else da.repeat(count_a, 1), None if db is None else db.repeat(1, count_b), None, None
 
 
 torch.library.register_autograd("lowrank_fused::sum_blocks", _pull_back, setup_context=_keep_for_backward, lib=LIBRARY)

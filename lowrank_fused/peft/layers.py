@@ -7,6 +7,7 @@ added, switched, merged or disabled.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
@@ -152,9 +153,13 @@ def _why_not_now(layer: Any, adapter: str, x: Tensor) -> str | None:
             return "the adapter's tensors are sharded"
         if tensor.device != x.device and tensor.requires_grad:
             return "input and adapter are on different devices"
-    dtype, autocast = tensors[0].dtype, torch.is_autocast_enabled(x.device.type)
-    if autocast:
+    if torch.is_autocast_enabled(x.device.type):
+        known = (torch.float32, torch.get_autocast_dtype(x.device.type))
+        others = [tensor.dtype for tensor in tensors if tensor.dtype not in known]
+        if others:
+            return f"adapter in {_short(others[0])} under autocast to {_short(known[1])}"
         return None if x.dtype != torch.float64 else "float64 under autocast"
+    dtype = tensors[0].dtype
     if dtype != x.dtype:
         if not getattr(layer, "cast_input_dtype_enabled", True):
             return "the cast of the input is disabled"
@@ -215,7 +220,7 @@ def _fused(layer: Any, x: Tensor, active: list[str], base: Base | None) -> Tenso
     """The base layer's product with all active adapters."""
     reader, state = layer.reader, state_of(layer)
     parts = [reader.read(layer, name, base, partial(state.remember, name, layer.training)) for name in active]
-    parts = _stacked(parts)
+    parts = [_for_graphs(part) for part in _stacked(parts)]
     settings = state.settings
     common: dict[str, Any] = {
         "route": settings.route,
@@ -285,6 +290,16 @@ def _stacked(parts: list[Part]) -> list[Part]:
     b = torch.cat([(t.b * t.scale).to(dtype) for t in terms], dim=1)
     biases = [part.bias for part in parts if part.bias is not None]
     return [Part(Terms(a, b), parts[0].dropout, sum(biases) if biases else None)]  # type: ignore[arg-type]
+
+
+def _for_graphs(part: Part) -> Part:
+    """In a compiled graph the scale goes into B: a graph is made anew for every value of a number that operators of
+    ours take.
+    """
+    t = part.terms
+    if not torch.compiler.is_compiling() or isinstance(t.scale, Tensor):
+        return part
+    return replace(part, terms=replace(t, b=t.b * t.scale, scale=1.0))
 
 
 def _is_plain(part: Part) -> bool:

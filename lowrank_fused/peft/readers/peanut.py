@@ -16,8 +16,8 @@ from lowrank_fused.terms import Terms
 from . import Base, Part, Reader, Remembered, reader
 
 
-class _WideProduct(torch.autograd.Function):
-    """A W for A of a wider dtype than the frozen W, which is widened in either direction but kept as it is."""
+class _ProductInDtypeOfA(torch.autograd.Function):
+    """A W in A's dtype, to which the frozen W is cast in either direction; it is kept as it is."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, weight: Tensor) -> Tensor:
@@ -32,13 +32,13 @@ class _WideProduct(torch.autograd.Function):
 
 
 def hidden(weight: Tensor, a: Tensor, *between: Tensor, act_fn: str, transposed: bool) -> tuple[Tensor]:
-    """H [r, in]: the network up to its last matrix, in A's dtype; `between` are its encoders, then its decoders.
+    """H [r, in]: the network up to its last matrix; `between` are its encoders, then its decoders.
 
-    fp32 matrices beside a 16-bit weight are not rounded to it, as in PEFT.
+    All in A's dtype, as in PEFT: fp32 matrices beside a 16-bit weight are not rounded to it.
     """
     weight, act = (weight.t() if transposed else weight).detach(), activation(act_fn)
-    wider = torch.promote_types(a.dtype, weight.dtype) != weight.dtype
-    h = act(_WideProduct.apply(a, weight)) if wider else weight_factor(a, weight, act_fn)
+    alike = a.dtype == weight.dtype
+    h = weight_factor(a, weight, act_fn) if alike else act(_ProductInDtypeOfA.apply(a, weight))
     depth = len(between) // 2
     return (deepened(h, between[:depth], between[depth:], act),)
 
