@@ -446,15 +446,17 @@ def test_autocast_to_another_16_bit_dtype_is_left_to_peft(device):
 
 @each_case
 def test_fast_rounds_fp32_adapters_to_the_dtype_of_the_base(name, device):
-    """To bf16, of 8 bits, at most some times on the way to anything."""
+    """To bf16, of 8 bits, at most some times on the way to anything; where terms cancel, each of them."""
     mode = MODES["bf16-fp32"]
     model = built(name, mode).to(device)
     exact = Exact(model)
     lf.accelerate(model, precision="fast")
     x = torch.randn(40, IN, device=device, dtype=torch.bfloat16)
     got = run(model, x, mode).found
-    for key, value in exact.run(x, upstream(got["y"])).items():
-        assert (got[key] - value).norm() < 0.02 * value.norm(), key
+    values = exact.run(x, upstream(got["y"]))
+    (sizes,) = exact.sizes()
+    for key, value in values.items():
+        assert (got[key] - value).norm() < 0.02 * value.norm() + 2**-8 * sizes[key].norm(), key
 
 
 @each_dropped
