@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from lowrank_fused import benchmark, cli, methods
 from lowrank_fused.benchmark import Provider
 from lowrank_fused.benchmark.providers import eager
+from lowrank_fused.cli import common
 from lowrank_fused.routes import ROUTES
 from lowrank_fused.tools import doctor
 from lowrank_fused.tools.model_shapes import MODELS
@@ -30,7 +31,7 @@ def run(*words: str) -> Result:
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("out", "err"):
-        monkeypatch.setattr(getattr(cli, name), "_width", 200)
+        monkeypatch.setattr(getattr(common, name), "_width", 200)
 
 
 def told(result: Result, status: int) -> str:

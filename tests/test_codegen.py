@@ -12,6 +12,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from lowrank_fused.cli import app
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -22,27 +25,26 @@ def triton_version() -> tuple[int, ...]:
     return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
 
 
-def run_codegen(arch: int, folder: Path) -> list[dict]:
-    """The rows that `python -m lowrank_fused.tools.codegen` reports; that process interprets no kernels."""
+def run_codegen(arch: int) -> list[dict]:
+    """The rows that `lowrank-fused inspect --all-tiles` reports; that process interprets no kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    rows = folder / f"{arch}.json"
-    command = [sys.executable, "-m", "lowrank_fused.tools.codegen", "--arch", str(arch), "--json", str(rows)]
+    command = [sys.executable, "-m", "lowrank_fused.cli", "inspect", "--target", f"sm_{arch}", "--all-tiles", "--json"]
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     if done.returncode == 3:
         pytest.skip(done.stderr.strip())
     assert done.returncode in (0, 1), done.stderr
-    return json.loads(rows.read_text())
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
-def rows_of(tmp_path_factory: pytest.TempPathFactory):
+def rows_of():
     """arch -> rows, each architecture compiled once."""
-    folder, known = tmp_path_factory.mktemp("codegen"), {}
+    known: dict[int, list[dict]] = {}
 
     def rows(arch: int) -> list[dict]:
         if arch not in known:
-            known[arch] = run_codegen(arch, folder)
+            known[arch] = run_codegen(arch)
         return known[arch]
 
     return rows
@@ -135,11 +137,47 @@ def test_violations_are_recognised():
     assert violations(replace(scalar, dtype="fp32", instructions=16, products=0)) == ["empty: 16 instructions"]
 
 
-def test_says_why_it_cannot_compile(monkeypatch, capsys):
+def test_says_why_it_cannot_compile(monkeypatch):
     from lowrank_fused.tools import codegen
 
-    codegen._cuobjdump.cache_clear()
+    codegen.compile_tools.cache_clear()
     monkeypatch.setattr(codegen, "INTERPRETING", True)
-    assert codegen.main(["--arch", "80"]) == 3
-    assert "TRITON_INTERPRET" in capsys.readouterr().err
-    codegen._cuobjdump.cache_clear()
+    result = CliRunner().invoke(app, ["inspect", "--target", "sm_80"])
+    assert result.exit_code == 3
+    assert "TRITON_INTERPRET" in result.stderr
+    codegen.compile_tools.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_one_layer_is_inspected_with_what_its_masks_cost():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    layer = ["--target", "sm_80", "--shape", "512x768", "--tokens", "256", "--json"]
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "lowrank_fused.cli", "inspect", *layer]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip())
+    rows = json.loads(done.stdout)
+    masks = {row["kernel"]: row["mask_instructions"] for row in rows}
+    assert masks["dy_factors"] is None and masks["lowrank_forward"] is None
+    assert all(2 < masks[kernel] < 30 for kernel in ("shrink", "x_factors", "grad_input")), masks
+    assert all(1 <= row["programs_per_sm"] <= 32 for row in rows)
+
+
+def test_an_unknown_target_is_told_with_the_known_ones():
+    result = CliRunner().invoke(app, ["inspect", "--target", "sm90"])
+    assert result.exit_code == 2
+    assert "did you mean 'sm_90'" in result.stderr
+
+
+def test_how_many_programs_fit():
+    from lowrank_fused.kernels.launch import Tile
+    from lowrank_fused.tools.codegen import CodeReport, _programs_per_sm
+
+    report = CodeReport("shrink", 90, Tile(), "bf16", "", registers=128, shared_bytes=60 * 1024)
+    assert _programs_per_sm(report, 4) == 3  # 61 of 228 KiB each
+    assert _programs_per_sm(replace(report, shared_bytes=0), 4) == 4  # 16384 of 65536 registers
+    assert _programs_per_sm(replace(report, shared_bytes=0, registers=24), 8) == 8  # 256 of 2048 threads
+    assert _programs_per_sm(replace(report, arch=86, shared_bytes=0, registers=24), 1) == 16
+    assert _programs_per_sm(replace(report, arch=100, shared_bytes=0, registers=24, tmem_columns=256), 4) == 2

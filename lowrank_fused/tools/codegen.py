@@ -1,42 +1,38 @@
-"""What the compiler makes of every launch that the kernel routes can issue, read from the binaries, without a GPU.
+"""What the compiler makes of the launches that the kernel routes issue, read from the binaries, without a GPU.
 
-`inspect_launch` compiles a launch and counts what decides its speed, `violations` says what is wrong with it.
-`python -m lowrank_fused.tools.codegen --arch 90` does both for all `shipped_launches`.
+`inspect_launch` compiles a launch and counts what decides its speed, `violations` says what is wrong with it. The
+command is `lowrank-fused inspect`.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from lowrank_fused.kernels.launch import INTERPRETING, Launch, Tile, shared_bytes
 
 from ..errors import UnsupportedError
-from .shipped import shipped_launches
+from .shipped import CallCase, launches_of, shipped_launches
 
 __all__ = [
     "ARCHS",
     "CodeReport",
     "Limits",
+    "compile_tools",
     "inspect_launch",
-    "inspect_shipped",
+    "inspect_launches",
     "limits",
     "violations",
 ]
@@ -54,17 +50,29 @@ _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program of a GPU may use, and the instruction its big products should be made of."""
+    """What one program of a GPU may use, what a multiprocessor has for all of them, and the instruction its big
+    products should be made of.
+    """
 
     shared_bytes: int
     tmem_columns: int
     tensor_core: str
+    shared_bytes_of_sm: int
+    threads_of_sm: int
+    programs_of_sm: int
+
+
+# Shared memory in KiB, threads and programs of a multiprocessor.
+_SM = {80: (164, 2048, 32), 86: (100, 1536, 16), 89: (100, 1536, 24), 90: (228, 2048, 32), 100: (228, 2048, 32),
+       120: (100, 1536, 24)}  # fmt: skip
+_REGISTERS_OF_SM, _REGISTERS_AT_A_TIME, _SHARED_OF_SYSTEM = 65536, 256, 1024
 
 
 def limits(arch: int) -> Limits:
     """The limits of compute capability `arch`."""
     best = {90: "HGMMA", 100: "UTCHMMA"}.get(arch, "HMMA")
-    return Limits(shared_bytes(arch), 512 if arch == 100 else 0, best)
+    shared, threads, programs = _SM[arch]
+    return Limits(shared_bytes(arch), 512 if arch == 100 else 0, best, shared * 1024, threads, programs)
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,9 @@ class CodeReport:
     """One compiled launch. Counts are of instructions in the binary (not executed), sizes in bytes a program.
 
     `products` counts tl.dot in the program, `tensor_core` is the kind of instruction that its products became,
-    `tma_loads` and `async_copies` are loads that a pipelined loop has in flight, `failure` what the compiler said.
+    `tma_loads` and `async_copies` are loads that a pipelined loop has in flight, `programs_per_sm` is how many programs
+    a multiprocessor has room for, `mask_instructions` what drawing or applying a dropout mask costs an element of the
+    tile, and `failure` what the compiler said.
     """
 
     kernel: str
@@ -92,27 +102,27 @@ class CodeReport:
     async_copies: int = 0
     instructions: int = 0
     global_scratch_bytes: int = 0
+    programs_per_sm: int = 0
+    mask_instructions: float | None = None
     failure: str = ""
 
 
-def inspect_launch(launch: Launch, arch: int) -> CodeReport:
-    """Compile a launch for `arch` and read the binary. A compiler's failure is reported, not raised."""
-    tool = _cuobjdump()
+def inspect_launch(launch: Launch, arch: int, *, masks: bool = False) -> CodeReport:
+    """Compile a launch for `arch` and read the binary. A compiler's failure is reported, not raised.
+
+    `masks` compiles it without its dropout too, to see what that costs.
+    """
+    compile_tools()
     report = CodeReport(launch.name, arch, launch.tile, _dtype_of(launch), _flags_of(launch))
     try:
         compiled = launch.compile(arch)
+        plain = without_mask(launch) if masks else None
+        unmasked = None if plain is None else plain.compile(arch)
     except Exception as error:  # whatever a compiler pass throws belongs into the table
         return replace(report, failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "kernel.cubin"
-        binary.write_bytes(compiled.asm["cubin"])
-        text = subprocess.run(
-            [tool, "-sass", "-res-usage", str(binary)], capture_output=True, text=True, check=True
-        ).stdout
-    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    counts = Counter(_MNEMONIC.findall(text))
+    usage, counts = _read(compiled)
     tensor_core = next((name for name in reversed(_TENSOR_CORE) if counts[name]), "")
-    return replace(
+    report = replace(
         report,
         products=compiled.asm["ttir"].count("tt.dot "),
         registers=usage["REG"],
@@ -127,6 +137,50 @@ def inspect_launch(launch: Launch, arch: int) -> CodeReport:
         instructions=counts.total(),
         global_scratch_bytes=compiled.metadata.global_scratch_size,
     )
+    warps = compiled.metadata.num_warps
+    if unmasked is not None:
+        more = counts.total() - _read(unmasked)[1].total()
+        report = replace(report, mask_instructions=more / (_masked_elements(launch) / (32 * warps)))
+    return replace(report, programs_per_sm=_programs_per_sm(report, warps))
+
+
+def _read(compiled: Any) -> tuple[dict[str, int], Counter[str]]:
+    """Resource usage and instruction counts of a binary."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        command = [compile_tools(), "-sass", "-res-usage", str(binary)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return usage, Counter(_MNEMONIC.findall(text))
+
+
+def _programs_per_sm(report: CodeReport, warps: int) -> int:
+    """How many programs registers, shared memory and threads of a multiprocessor allow at the same time."""
+    allowed = limits(report.arch)
+    of_warp = -(-report.registers * 32 // _REGISTERS_AT_A_TIME) * _REGISTERS_AT_A_TIME
+    rooms = [allowed.programs_of_sm, allowed.threads_of_sm // (32 * warps), _REGISTERS_OF_SM // (of_warp * warps)]
+    rooms.append(allowed.shared_bytes_of_sm // (report.shared_bytes + _SHARED_OF_SYSTEM))
+    if report.tmem_columns:
+        rooms.append(allowed.tmem_columns // report.tmem_columns)
+    return min(rooms)
+
+
+_MASKS = ("seed_ptr", "bits_ptr", "mask_ptr")
+
+
+def without_mask(launch: Launch) -> Launch | None:
+    """The same launch without dropout; None for one that has none."""
+    masks = [name for name in _MASKS if launch.args.get(name) is not None]
+    if not masks:
+        return None
+    return Launch(launch.kernel, launch.grid, {**launch.args, **dict.fromkeys(masks)}, launch.tile)
+
+
+def _masked_elements(launch: Launch) -> int:
+    """Elements that the mask of one tile covers: of x, of dx, or of what `expand` writes."""
+    columns = launch.args["BLOCK_N" if launch.name == "expand" else "BLOCK_K"]
+    return launch.args["BLOCK_M"] * columns
 
 
 def violations(report: CodeReport) -> list[str]:
@@ -155,8 +209,8 @@ def violations(report: CodeReport) -> list[str]:
 
 
 @cache
-def _cuobjdump() -> str:
-    """The disassembler that comes with Triton; raises where kernels cannot be compiled and read."""
+def compile_tools() -> str:
+    """The disassembler that comes with Triton; UnsupportedError where kernels can't be compiled and read."""
     import triton
 
     if INTERPRETING:
@@ -197,62 +251,19 @@ def _flags_of(launch: Launch) -> str:
 _prepared: list[Launch] = []
 
 
-def _prepare(arch: int) -> None:
+def _prepare(arch: int, calls: Sequence[CallCase] | None) -> None:
     """Launches hold kernels, which do not travel between processes: every worker builds the same list."""
-    _prepared[:] = shipped_launches(arch)
+    _prepared[:] = shipped_launches(arch) if calls is None else launches_of(arch, calls)
 
 
-def _inspect_prepared(index: int, arch: int) -> CodeReport:
-    return inspect_launch(_prepared[index], arch)
+def _inspect_prepared(index: int, arch: int, masks: bool) -> CodeReport:
+    return inspect_launch(_prepared[index], arch, masks=masks)
 
 
-def inspect_shipped(arch: int, workers: int = 2) -> Iterator[CodeReport]:
-    """Reports of all `shipped_launches(arch)`, in order, as they come."""
-    count = len(shipped_launches(arch))
-    with ProcessPoolExecutor(workers, get_context("spawn"), _prepare, (arch,)) as pool:
-        yield from pool.map(partial(_inspect_prepared, arch=arch), range(count))
-
-
-def _table(reports: list[CodeReport], arch: int) -> Table:
-    columns = "kernel tile dtype flags regs local shared tmem tensor-core TMA async instr verdict"
-    table = Table(*columns.split(), title=f"sm_{arch}: {len(reports)} binaries", title_justify="left")
-    for r in reports:
-        t = r.tile
-        tile = f"{t.block_m}x{t.block_n}x{t.block_k} r{t.block_r} w{t.num_warps} s{t.num_stages}"
-        wrong = violations(r)
-        table.add_row(
-            r.kernel, tile, r.dtype, r.flags, str(r.registers), str(r.stack_bytes), f"{r.shared_bytes / 1024:.0f}K",
-            str(r.tmem_columns), f"{r.tensor_core} {r.tensor_core_count}", str(r.tma_loads), str(r.async_copies),
-            str(r.instructions), "; ".join(wrong) or "ok", style="red" if wrong else None,
-        )  # fmt: skip
-    return table
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Compile and judge. 0: nothing is wrong, 1: something is, 2: a mistake in the command, 3: cannot be done here."""
-    parser = argparse.ArgumentParser(prog="python -m lowrank_fused.tools.codegen", description=__doc__)
-    parser.add_argument(
-        "--arch", type=int, nargs="+", choices=ARCHS, default=[80, 90, 100], help="compute capabilities"
-    )
-    parser.add_argument("--json", type=Path, help="also write the reports to this file")
-    options = parser.parse_args(arguments)
-    progress = Console(stderr=True)
-    reports: list[CodeReport] = []
-    try:
-        _cuobjdump()
-        for arch in options.arch:
-            title, count = f"compiling for sm_{arch}", len(shipped_launches(arch))
-            of_arch = list(track(inspect_shipped(arch), title, count, console=progress))
-            Console(width=None if sys.stdout.isatty() else 200).print(_table(of_arch, arch))
-            reports += of_arch
-    except UnsupportedError as error:
-        print(error, file=sys.stderr)
-        return 3
-    if options.json:
-        rows = [{**asdict(report), "violations": violations(report)} for report in reports]
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return int(any(violations(report) for report in reports))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def inspect_launches(arch: int, calls: Sequence[CallCase] | None = None, workers: int = 2) -> Iterator[CodeReport]:
+    """Reports of the launches of some calls, masks included, or of all `shipped_launches(arch)`; in order, as they
+    come.
+    """
+    count = len(shipped_launches(arch) if calls is None else launches_of(arch, calls))
+    with ProcessPoolExecutor(workers, get_context("spawn"), _prepare, (arch, calls)) as pool:
+        yield from pool.map(partial(_inspect_prepared, arch=arch, masks=calls is not None), range(count))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,11 +17,11 @@ from lowrank_fused.kernels.weight_factor import ACTIVATIONS, weight_factor, weig
 from ..routes.fused import SPLIT, THIN
 from ..routes.problem import Options, Route
 
-__all__ = ["shipped_launches"]
+__all__ = ["CallCase", "launches_of", "shipped_launches"]
 
 
 @dataclass(frozen=True)
-class _Case:
+class CallCase:
     """One layer and one call of it."""
 
     m: int = 8192
@@ -64,39 +64,39 @@ class _Case:
 _SHAPES = [(8, 4096), (24, 14336), (60, 4096), (400, 1024), (400, 4096), (2000, 4096), (4000, 2048), (8192, 4096)]
 
 
-def _cases() -> Iterator[_Case]:
+def _cases() -> Iterator[CallCase]:
     """Calls that reach every tile of every chooser in bf16, and every other variant of a kernel at some tile."""
     for m, n in _SHAPES:
         split = (SPLIT,) if 8 < m < 8192 else (SPLIT, THIN)
-        yield _Case(m, n, n, p=0.1, routes=split)
-        yield _Case(m, n, n, routes=(SPLIT,))
-        yield _Case(m, n, n, p=0.1, r=64, routes=(SPLIT,))
-        yield _Case(m, n + 4, n + 4, p=0.1, routes=(SPLIT,))
-    yield _Case(p=0.1, dtype=torch.float32)
-    yield _Case(8, p=0.1, dtype=torch.float32, routes=(SPLIT,))
-    yield _Case(r=64, dtype=torch.float32, routes=(SPLIT,))
-    yield _Case(p=0.1, dtype=torch.float16, routes=(SPLIT,))
-    yield _Case(r=64)
-    yield _Case(r=32, p=0.1)
-    yield _Case(r=128, p=0.1)
-    yield _Case(8, r=128, routes=(SPLIT,))
+        yield CallCase(m, n, n, p=0.1, routes=split)
+        yield CallCase(m, n, n, routes=(SPLIT,))
+        yield CallCase(m, n, n, p=0.1, r=64, routes=(SPLIT,))
+        yield CallCase(m, n + 4, n + 4, p=0.1, routes=(SPLIT,))
+    yield CallCase(p=0.1, dtype=torch.float32)
+    yield CallCase(8, p=0.1, dtype=torch.float32, routes=(SPLIT,))
+    yield CallCase(r=64, dtype=torch.float32, routes=(SPLIT,))
+    yield CallCase(p=0.1, dtype=torch.float16, routes=(SPLIT,))
+    yield CallCase(r=64)
+    yield CallCase(r=32, p=0.1)
+    yield CallCase(r=128, p=0.1)
+    yield CallCase(8, r=128, routes=(SPLIT,))
     for r in (1, 8, 17):
-        yield _Case(r=r, p=0.1, routes=(SPLIT, THIN) if r == 17 else (SPLIT,))
-    yield _Case(n=4100, k=4100, routes=(THIN,))
-    yield _Case(p=0.1, adapter=torch.float32)
-    yield _Case(r=64, adapter=torch.float32, routes=(SPLIT,))
-    yield _Case(r=64, conv1d=True, routes=(SPLIT,))
-    yield _Case(p=0.1, conv1d=True, routes=(SPLIT,))
+        yield CallCase(r=r, p=0.1, routes=(SPLIT, THIN) if r == 17 else (SPLIT,))
+    yield CallCase(n=4100, k=4100, routes=(THIN,))
+    yield CallCase(p=0.1, adapter=torch.float32)
+    yield CallCase(r=64, adapter=torch.float32, routes=(SPLIT,))
+    yield CallCase(r=64, conv1d=True, routes=(SPLIT,))
+    yield CallCase(p=0.1, conv1d=True, routes=(SPLIT,))
     for core in ("diag", "dense", "gate"):
-        yield _Case(core=core, p=0.1, routes=(SPLIT,))
-        yield _Case(core=core, r=64, routes=(SPLIT,))
-    yield _Case(core="diag", frozen="ab", adapter=torch.float32, routes=(SPLIT,))
-    yield _Case(bias=False)
+        yield CallCase(core=core, p=0.1, routes=(SPLIT,))
+        yield CallCase(core=core, r=64, routes=(SPLIT,))
+    yield CallCase(core="diag", frozen="ab", adapter=torch.float32, routes=(SPLIT,))
+    yield CallCase(bias=False)
     for m in (8, 2000, 8192):
-        yield _Case(m, p=0.1, given_mask=True, routes=(SPLIT,))
-        yield _Case(m, p=0.1, r=128, given_mask=True, routes=(SPLIT,))
-    yield _Case(n=4100, k=4100, p=0.1, given_mask=True, routes=(SPLIT,))
-    yield _Case(p=0.1, dtype=torch.float32, given_mask=True, routes=(SPLIT,))
+        yield CallCase(m, p=0.1, given_mask=True, routes=(SPLIT,))
+        yield CallCase(m, p=0.1, r=128, given_mask=True, routes=(SPLIT,))
+    yield CallCase(n=4100, k=4100, p=0.1, given_mask=True, routes=(SPLIT,))
+    yield CallCase(p=0.1, dtype=torch.float32, given_mask=True, routes=(SPLIT,))
 
 
 @dataclass(frozen=True)
@@ -192,18 +192,20 @@ def _stack_cases() -> Iterator[_StackCase]:
         yield _StackCase(dtype, rank=1, size=4099)
 
 
-def shipped_launches(arch: int) -> list[Launch]:
-    """One launch for every binary that the kernel routes can ask for on `arch`, in a fixed order."""
+AnyCase = CallCase | _GatherCase | _WeightFactorCase | _StackCase
+
+
+def launches_of(arch: int, cases: Iterable[AnyCase]) -> list[Launch]:
+    """One launch for every binary that these ask for on `arch`, in a fixed order."""
     launches: dict[Any, Launch] = {}
-    cases: tuple[_Case | _GatherCase | _WeightFactorCase | _StackCase, ...] = (
-        *_cases(),
-        *_gather_cases(),
-        *_weight_factor_cases(),
-        *_stack_cases(),
-    )
     for case in cases:
         with targeting(arch), record() as log:
             case.launch()
         for launch in log:
             launches.setdefault((launch.source().hash(), *launch.options.values()), launch)
     return list(launches.values())
+
+
+def shipped_launches(arch: int) -> list[Launch]:
+    """One launch for every binary that the kernel routes can ask for on `arch`, in a fixed order."""
+    return launches_of(arch, (*_cases(), *_gather_cases(), *_weight_factor_cases(), *_stack_cases()))

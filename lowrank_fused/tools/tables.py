@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -12,7 +13,10 @@ from ..benchmark import Case, Row
 from .doctor import Diagnosis
 from .footprint import MethodFacts, ModelCount
 
-__all__ = ["markdown_table", "show_counts", "show_diagnosis", "show_methods", "show_rows"]
+if TYPE_CHECKING:
+    from .codegen import CodeReport  # which imports Triton
+
+__all__ = ["markdown_table", "show_binaries", "show_counts", "show_diagnosis", "show_methods", "show_rows"]
 
 _GPU_UNITS = {
     "memory_gib": "GiB",
@@ -131,6 +135,32 @@ def show_rows(case: Case, rows: Sequence[Row], console: Console) -> None:
 
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
+
+
+def show_binaries(reports: Sequence[CodeReport], arch: int, console: Console) -> None:
+    """What the compiler made of each launch, and what is wrong with it."""
+    from .codegen import violations
+
+    title = f"sm_{arch}: {len(reports)} binaries"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("kernel", "tile", "dtype"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("flags", max_width=48)
+    numbers = ("regs", "spilled", "shared", "tmem", "a SM", "tensor cores", "TMA", "async", "instr", "mask/elem")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict")
+    for r in reports:
+        t, wrong = r.tile, violations(r)
+        tile = f"{t.block_m}x{t.block_n}x{t.block_k} r{t.block_r} w{t.num_warps} s{t.num_stages}"
+        table.add_row(
+            r.kernel, tile, r.dtype, r.flags, str(r.registers), str(r.stack_bytes), f"{r.shared_bytes / 1024:.0f}K",
+            str(r.tmem_columns), str(r.programs_per_sm), f"{r.tensor_core} {r.tensor_core_count or ''}".strip(),
+            str(r.tma_loads), str(r.async_copies), str(r.instructions),
+            "" if r.mask_instructions is None else f"{r.mask_instructions:.1f}",
+            "; ".join(wrong) or "ok", style="red" if wrong else None,
+        )  # fmt: skip
+    console.print(table, markup=False)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
