@@ -8,7 +8,6 @@ x is read once forward and once backward, and the term is added in the library's
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -19,16 +18,15 @@ from .operands import (
     check_dtypes,
     check_factors,
     core_tensor,
+    guarded,
     mask_source,
-    named_failures,
     options_of,
     routes_for,
     rows_of,
     run_backward,
     save_for_backward,
-    without_autocast,
 )
-from .routes.problem import Options
+from .routes.problem import Options, Saved
 from .terms import Core, core_kind
 
 __all__ = ["lowrank_add"]
@@ -63,16 +61,16 @@ class LowRankAddFunction(torch.autograd.Function):
             y = y.detach()
         else:
             ctx.mark_dirty(y)
-        s, mask = _run(y, x, a, b, core, drop, options, routes[0], label)
-        save_for_backward(ctx, None, x, a, b, core, s, mask, drop, options)
+        saved = _run(y, x, a, b, core, drop, options, routes[0], label)
+        save_for_backward(ctx, None, x, a, b, core, saved, options)
         ctx.route, ctx.label = routes[1], label
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, da, db, dcore, _ = run_backward(ctx, dy)
-        return dy, dx, da, db, dcore, None, None, None, None, None, None
+        grads = run_backward(ctx, dy)
+        return dy, grads.x, grads.a, grads.b, grads.core, None, None, None, None, None, None
 
 
 def _run(
@@ -85,13 +83,9 @@ def _run(
     o: Options,
     route: str,
     label: str | None,
-) -> tuple[Tensor, Tensor]:
-    failures = contextlib.nullcontext() if label is None else named_failures(label, route)
-    with failures, without_autocast(x.device.type):
-        return ops.add_(
-            y.view(-1, y.shape[-1]), rows_of(x), a, b, core, drop,
-            scale=o.scale, core_kind=o.core_kind, dropout_p=o.dropout_p, wants=o.wants, route=route,
-        )  # fmt: skip
+) -> Saved:
+    rows = y.view(-1, y.shape[-1])
+    return guarded(ops.add_, rows, rows_of(x), a, b, core, drop, o, route=route, label=label)
 
 
 def lowrank_add(

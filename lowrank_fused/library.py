@@ -1,4 +1,8 @@
-"""Our operators in torch.library: a schema, one implementation for CPU and CUDA, one that only makes shapes."""
+"""Our operators in torch.library: a schema, one implementation for CPU and CUDA, one that only makes shapes.
+
+Compilers, tracers, profilers and dispatch modes have to see operators. A plain eager call may go to the implementation
+directly (`is_watched`): the way through the dispatcher and back into Python costs as much as a small product.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["LIBRARY", "define"]
+__all__ = ["LIBRARY", "define", "is_watched"]
 
 LIBRARY = torch.library.Library("lowrank_fused", "DEF")
+
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})
 
 
 def define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -24,3 +30,12 @@ def define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) 
         LIBRARY.impl(name, function, device)
     torch.library.register_fake(f"lowrank_fused::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.lowrank_fused, name).default
+
+
+def is_watched(*tensors: torch.Tensor | None) -> bool:
+    """Whether somebody has to see the operator itself, or one of its tensors (the first is there) holds no memory."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
+        return True
+    if torch._C._are_functorch_transforms_active() or tensors[0].is_meta:  # type: ignore[union-attr]
+        return True
+    return not _PLAIN.issuperset(map(type, tensors))

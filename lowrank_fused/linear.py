@@ -9,7 +9,6 @@ reference, s [M, Ra], one bit of mask per element of x) and calls two operators 
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -22,16 +21,15 @@ from .operands import (
     check_dtypes,
     check_factors,
     core_tensor,
+    guarded,
     mask_source,
-    named_failures,
     options_of,
     routes_for,
     rows_of,
     run_backward,
     save_for_backward,
-    without_autocast,
 )
-from .routes.problem import Options
+from .routes.problem import Options, Saved
 from .routes.reference import lowrank_linear_ref
 from .terms import Core, core_kind
 
@@ -55,16 +53,16 @@ class LowRankLinearFunction(torch.autograd.Function):
         routes: tuple[str, str],
         label: str | None,
     ) -> Tensor:
-        y, s, mask = _run_forward(x, weight, a, b, core, bias, drop, options, routes[0], label)
-        save_for_backward(ctx, weight, x, a, b, core, s, mask, drop, options)
+        y, saved = _run_forward(x, weight, a, b, core, bias, drop, options, routes[0], label)
+        save_for_backward(ctx, weight, x, a, b, core, saved, options)
         ctx.route, ctx.label = routes[1], label
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, da, db, dcore, dbias = run_backward(ctx, dy)
-        return dx, None, da, db, dcore, dbias, None, None, None, None
+        grads = run_backward(ctx, dy)
+        return grads.x, None, grads.a, grads.b, grads.core, grads.bias, None, None, None, None
 
 
 def _run_forward(
@@ -78,15 +76,12 @@ def _run_forward(
     o: Options,
     route: str,
     label: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    failures = contextlib.nullcontext() if label is None else named_failures(label, route)
-    with failures, without_autocast(x.device.type):
-        y, s, mask = ops.forward(
-            rows_of(x), weight, a, b, core, bias, drop,
-            scale=o.scale, core_kind=o.core_kind, dropout_p=o.dropout_p, wants=o.wants, route=route,
-        )  # fmt: skip
-    # Not a view: to one that a Function returns, autograd lets nobody add a further term in place.
-    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]]), s, mask
+) -> tuple[Tensor, Saved]:
+    y, saved = guarded(ops.forward, rows_of(x), weight, a, b, core, bias, drop, o, route=route, label=label)
+    if x.dim() != 2:
+        # Not a view: to one that a Function returns, autograd lets nobody add a further term in place.
+        y = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], weight.shape[0]])
+    return y, saved
 
 
 def lowrank_linear(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from . import ops
 from .dropout import draw_seed, pack_any
 from .errors import LaunchError, UnsupportedError
 from .routes import choose, unavailable
-from .routes.problem import Options
+from .routes.problem import Grads, Options, Saved
 from .target import target_of
 from .terms import Core, Gate
 
@@ -21,32 +20,32 @@ __all__ = [
     "check_dtypes",
     "check_factors",
     "core_tensor",
+    "guarded",
     "mask_source",
-    "named_failures",
     "options_of",
     "routes_for",
     "rows_of",
     "run_backward",
     "save_for_backward",
-    "without_autocast",
 ]
 
 
-def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """Inside an operator every dtype is chosen; autocast would round the fp32 sums of gradients."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+def guarded(function: Callable[..., Any], *operands: Any, route: str, label: str | None) -> Any:
+    """function(*operands, route), autocast off: it would round the fp32 sums of gradients.
 
-
-@contextlib.contextmanager
-def named_failures(label: str | None, route: str) -> Iterator[None]:
-    """Put the name of a layer on whatever goes wrong in a launch; out of memory stays what it is."""
+    `label` is put on whatever goes wrong in a launch; out of memory stays what it is.
+    """
     try:
-        yield
+        device_type = operands[0].device.type
+        if not torch.is_autocast_enabled(device_type):
+            return function(*operands, route)
+        with torch.autocast(device_type, enabled=False):
+            return function(*operands, route)
     except (torch.OutOfMemoryError, ValueError, TypeError, UnsupportedError):
         raise
     except Exception as error:
+        if label is None:
+            raise
         raise LaunchError(
             f"{label}: route {route!r} failed with {type(error).__name__}: {error}. To train on without our kernels "
             "set LOWRANK_FUSED_ROUTE=addmm, without this package call lowrank_fused.restore(model)"
@@ -55,7 +54,7 @@ def named_failures(label: str | None, route: str) -> Iterator[None]:
 
 def rows_of(x: Tensor) -> Tensor:
     """[..., K] -> [M, K]."""
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def core_tensor(core: Core) -> Tensor | None:
@@ -89,41 +88,23 @@ def save_for_backward(
     a: Tensor,
     b: Tensor,
     core: Tensor | None,
-    s: Tensor,
-    mask: Tensor,
-    drop: Tensor | None,
+    saved: Saved,
     o: Options,
 ) -> None:
-    """Keep what the gradients asked for need, the mask that was drawn or the one that was given."""
-    given = drop is not None and drop.dtype == torch.uint8
-    bits = (drop if given else mask) if drop is not None and o.keeps_mask else None
-    ctx.save_for_backward(weight, x if o.keeps_x else None, a, b, core, s if o.keeps_s else None, bits)
+    """Keep what the gradients asked for need."""
+    ctx.save_for_backward(weight, x if o.keeps_x else None, a, b, core, *saved)
     ctx.options = o
 
 
-def run_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """dx, dA, dB, dcore and dbias of a call after `save_for_backward`; None where not wanted."""
+def run_backward(ctx: Any, dy: Tensor) -> Grads:
+    """The gradients of a call after `save_for_backward`, dx in the shape of x."""
     weight, x, a, b, core, s, mask = ctx.saved_tensors
-    o: Options = ctx.options
-    failures = contextlib.nullcontext() if ctx.label is None else named_failures(ctx.label, ctx.route)
-    with failures, without_autocast(dy.device.type):
-        grads = ops.backward(
-            rows_of(dy),
-            None if x is None else rows_of(x),
-            weight,
-            a,
-            b,
-            core,
-            s,
-            mask,
-            scale=o.scale,
-            core_kind=o.core_kind,
-            dropout_p=o.dropout_p,
-            wants=o.wants,
-            route=ctx.route,
-        )
-    dx, *small = (grad if wanted else None for grad, wanted in zip(grads, o.wants, strict=True))
-    return None if dx is None else dx.view(*dy.shape[:-1], a.shape[1]), *small
+    x = None if x is None else rows_of(x)
+    operands = (rows_of(dy), x, weight, a, b, core, Saved(s, mask), ctx.options)
+    grads: Grads = guarded(ops.backward, *operands, route=ctx.route, label=ctx.label)
+    if grads.x is not None and dy.dim() != 2:
+        grads.x = grads.x.view(*dy.shape[:-1], a.shape[1])
+    return grads
 
 
 def routes_for(

@@ -5,18 +5,22 @@
 know no autograd; `linear.py` and `add.py` put autograd Functions above them. Optional results that were not asked for
 come back as empty tensors, since an operator's outputs are never None; nor do they alias an argument, so a mask that
 was given does not come back.
+
+The functions `forward`, `add_` and `backward` here are what calls them, or their implementation where nobody watches.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .library import define
+from .library import define, is_watched
 from .routes import implementation
-from .routes.problem import Options, Saved
+from .routes.problem import Grads, Options, Saved
 
-__all__ = ["add_", "backward", "forward"]
+__all__ = ["add_", "add_op", "backward", "backward_op", "forward", "forward_op"]
 
 
 def _readable(rows: Tensor) -> Tensor:
@@ -65,12 +69,30 @@ def _kept_fake(x: Tensor, a: Tensor, drop: Tensor | None, o: Options, route: str
 
 
 def _backward(dy, x, weight, a, b, core, s, mask, *, scale, core_kind, dropout_p, wants, route):
-    o = Options(scale, core_kind, dropout_p, *wants)
+    grads = _gradients(dy, x, weight, a, b, core, Saved(s, mask), Options(scale, core_kind, dropout_p, *wants), route)
+    return tuple(_or_empty(grad, dy) for grad in (grads.x, grads.a, grads.b, grads.core, grads.bias))
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    core: Tensor | None,
+    saved: Saved,
+    o: Options,
+    route: str,
+) -> Grads:
+    """Those of the factors in the dtypes of their leaves."""
     dy = _readable(dy)
-    grads = implementation(route, dy).backward(dy, x, weight, a, b, core, Saved(s, mask), o)
-    leaves = ((grads.a, a), (grads.b, b), (grads.core, core))
-    small = [_or_empty(None if g is None else g.to(leaf.dtype).contiguous(), dy) for g, leaf in leaves]
-    return _or_empty(grads.x, dy), *small, _or_empty(grads.bias, dy)
+    grads = implementation(route, dy).backward(dy, x, weight, a, b, core, saved, o)
+    grads.a, grads.b, grads.core = _like(grads.a, a), _like(grads.b, b), _like(grads.core, core)
+    return grads
+
+
+def _like(grad: Tensor | None, leaf: Tensor | None) -> Tensor | None:
+    return None if grad is None or leaf is None else grad.to(leaf.dtype).contiguous()
 
 
 def _backward_fake(dy, x, weight, a, b, core, s, mask, *, scale, core_kind, dropout_p, wants, route):
@@ -90,22 +112,92 @@ def _or_empty(value: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if value is None else value
 
 
-forward = define(
+forward_op = define(
     "forward(Tensor x, Tensor weight, Tensor a, Tensor b, Tensor? core, Tensor? bias, Tensor? drop, *, "
     "float scale, str core_kind, float dropout_p, bool[] wants, str route) -> (Tensor y, Tensor s, Tensor mask)",
     _forward,
     _forward_fake,
 )
-add_ = define(
+add_op = define(
     "add_(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor? core, Tensor? drop, *, "
     "float scale, str core_kind, float dropout_p, bool[] wants, str route) -> (Tensor s, Tensor mask)",
     _add,
     _add_fake,
 )
-backward = define(
+backward_op = define(
     "backward(Tensor dy, Tensor? x, Tensor? weight, Tensor a, Tensor b, Tensor? core, Tensor? s, Tensor? mask, *, "
     "float scale, str core_kind, float dropout_p, bool[] wants, str route) "
     "-> (Tensor dx, Tensor da, Tensor db, Tensor dcore, Tensor dbias)",
     _backward,
     _backward_fake,
 )
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    core: Tensor | None,
+    bias: Tensor | None,
+    drop: Tensor | None,
+    o: Options,
+    route: str,
+) -> tuple[Tensor, Saved]:
+    """y [M, N] and what backward needs, x [M, K]."""
+    if is_watched(x, weight, a, b, core, bias, drop):
+        y, s, mask = forward_op(x, weight, a, b, core, bias, drop, **_as_arguments(o), route=route)
+        return y, _needed(s, mask, drop, o)
+    x = _readable(x)
+    y, saved = implementation(route, x).forward(x, weight, a, b, core, bias, drop, o)
+    return y, _needed(saved.s, saved.mask, drop, o)
+
+
+def add_(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    core: Tensor | None,
+    drop: Tensor | None,
+    o: Options,
+    route: str,
+) -> Saved:
+    """The low-rank term added to y [M, N] in place, and what backward needs."""
+    if is_watched(y, x, a, b, core, drop):
+        s, mask = add_op(y, x, a, b, core, drop, **_as_arguments(o), route=route)
+        return _needed(s, mask, drop, o)
+    x = _readable(x)
+    saved = implementation(route, x).add_forward(y, x, a, b, core, drop, o)
+    return _needed(saved.s, saved.mask, drop, o)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    core: Tensor | None,
+    saved: Saved,
+    o: Options,
+    route: str,
+) -> Grads:
+    """The gradients that `o` asks for."""
+    if is_watched(dy, x, weight, a, b, core, *saved):
+        found = backward_op(dy, x, weight, a, b, core, *saved, **_as_arguments(o), route=route)
+        return Grads(*(grad if wanted else None for grad, wanted in zip(found, o.wants, strict=True)))
+    return _gradients(dy, x, weight, a, b, core, saved, o, route)
+
+
+def _as_arguments(o: Options) -> dict[str, Any]:
+    return {"scale": o.scale, "core_kind": o.core_kind, "dropout_p": o.dropout_p, "wants": o.wants}
+
+
+def _needed(s: Tensor | None, mask: Tensor | None, drop: Tensor | None, o: Options) -> Saved:
+    """s and the mask's bits, each only where `o` keeps it; bits that were given are handed on."""
+    if drop is None or not o.keeps_mask:
+        mask = None
+    elif drop.dtype == torch.uint8:
+        mask = drop
+    return Saved(s if o.keeps_s else None, mask)

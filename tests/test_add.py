@@ -211,13 +211,13 @@ def test_opcheck():
     o = Operands.random(6, 10, 14, 3).to(torch.float32)
     x, a, b = (t.detach() for t in (o.x, o.a, o.b))
     settings = dict(scale=0.5, core_kind="none", dropout_p=0.3, wants=[True, True, True, False, False], route="addmm")
-    torch.library.opcheck(ops.add_, (torch.randn(6, 10), x, a, b, None, torch.tensor([1])), settings)
+    torch.library.opcheck(ops.add_op, (torch.randn(6, 10), x, a, b, None, torch.tensor([1])), settings)
     bits = torch.full((6, 2), 77, dtype=torch.uint8)
-    torch.library.opcheck(ops.add_, (torch.randn(6, 10), x, a, b, None, bits), settings)
-    torch.library.opcheck(ops.forward, (x, o.weight, a, b, None, None, bits), settings)
-    torch.library.opcheck(ops.backward, (o.dy, x, None, a, b, None, torch.randn(6, 3), bits), settings)
+    torch.library.opcheck(ops.add_op, (torch.randn(6, 10), x, a, b, None, bits), settings)
+    torch.library.opcheck(ops.forward_op, (x, o.weight, a, b, None, None, bits), settings)
+    torch.library.opcheck(ops.backward_op, (o.dy, x, None, a, b, None, torch.randn(6, 3), bits), settings)
     torch.library.opcheck(
-        ops.add_, (torch.randn(6, 10), x, a, b, None, torch.tensor([1])), {**settings, "route": "precise"}
+        ops.add_op, (torch.randn(6, 10), x, a, b, None, torch.tensor([1])), {**settings, "route": "precise"}
     )
 
 

@@ -20,14 +20,13 @@ from ..adaptable import is_conv1d
 from ..add import lowrank_add
 from ..linear import lowrank_linear
 from ..terms import Terms
-from .readers import Base, Part, Reader, layer_classes
+from .readers import Base, Part, Reader, child_of, layer_classes, weight_of
 from .state import State
 
 __all__ = ["STATE", "accelerated_class", "accelerated_classes", "adapter_path", "base_is_ours", "state_of"]
 
 STATE = "_lowrank_fused"
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (Tensor, nn.Parameter)
 
 # PEFT's own arguments, which it keeps from the base layer; None is their default.
@@ -47,16 +46,17 @@ class Accelerated:
         if not isinstance(self, Accelerated):  # restored, but device hooks kept this bound method from before
             return type(self).forward(self, x, *args, **kwargs)
         active: list[str] = []
-        reason = _why_not(self, x, args, kwargs, active)
+        compiling = torch.compiler.is_compiling()
+        reason = _why_not(self, x, args, kwargs, active, compiling)
         base = _base_of(self, x) if reason is None else None
         if reason is None and base is None:
             reason = _why_not_beside(self, active)
-        if not torch.compiler.is_compiling():
+        if not compiling:
             path = "original" if reason else "fused" if base else "tail"
-            state_of(self).calls[path, reason or ""] += 1
+            self.__dict__[STATE].calls[path, reason or ""] += 1
         if reason:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        return _fused(self, x, active, base)
+        return _fused(self, x, active, base, compiling)
 
     def _get_name(self) -> str:
         """PEFT's name in a printed model, from which PEFT tells the type of a layer."""
@@ -84,14 +84,16 @@ def state_of(layer: Any) -> State:
     return layer.__dict__[STATE]
 
 
-def _why_not(layer: Any, x: Tensor, args: tuple, kwargs: dict[str, Any], active: list[str]) -> str | None:
+def _why_not(
+    layer: Any, x: Tensor, args: tuple, kwargs: dict[str, Any], active: list[str], compiling: bool
+) -> str | None:
     """Why only PEFT's own forward serves this call; fills `active` with the adapters that act."""
-    reader, settings = layer.reader, state_of(layer).settings
+    reader, settings = layer.reader, layer.__dict__[STATE].settings
     if settings.route == "off":
         return "switched off"
-    if reason := _why_observed():
+    if not compiling and (reason := _why_observed()):
         return reason
-    if args or any(value is not None or name not in _MAY_BE_NONE for name, value in kwargs.items()):
+    if args or (kwargs and any(value is not None or name not in _MAY_BE_NONE for name, value in kwargs.items())):
         names = ", ".join(sorted(kwargs)) or "more than the input"
         return f"called with {names}"
     if layer.disable_adapters:
@@ -99,16 +101,16 @@ def _why_not(layer: Any, x: Tensor, args: tuple, kwargs: dict[str, Any], active:
     if layer.merged:
         return "adapters merged"
     known = reader.adapters(layer)
-    active.extend(name for name in layer.active_adapters if name in known)
+    active.extend([name for name in layer.active_adapters if name in known])
     if not active:
         return "no active adapter in this layer"
     if type(x) not in _PLAIN:
         return f"input is a {type(x).__name__}"
-    if x.dim() < 2 or x.shape[-1] != layer.in_features:
+    shape = x.shape
+    if len(shape) < 2 or shape[-1] != layer.in_features:
         return "input is no matrix, or one of another width"
     for adapter in active:
-        reason = adapter_path(layer, adapter)[1] or _why_not_now(layer, adapter, x)
-        if reason:
+        if reason := _why_not_wanted(layer, adapter) or _why_not_now(layer, adapter, x):
             return reason
     if len(active) > 1 and any(reader.needs_weight(layer, name) for name in active):
         return "several adapters, one of which depends on the weight"
@@ -116,9 +118,7 @@ def _why_not(layer: Any, x: Tensor, args: tuple, kwargs: dict[str, Any], active:
 
 
 def _why_observed() -> str | None:
-    """What goes on around the call and has to see the single steps of PEFT's forward."""
-    if torch.compiler.is_compiling():
-        return None
+    """What goes on around an eager call and has to see the single steps of PEFT's forward."""
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func"
     if forward_ad._current_level >= 0:
@@ -130,11 +130,14 @@ def _why_observed() -> str | None:
 
 def adapter_path(layer: Any, adapter: str) -> tuple[str, str | None]:
     """Our name of the adapter's method, and what about the adapter itself leaves it to PEFT."""
-    reader, settings = layer.reader, state_of(layer).settings
-    method = reader.method(layer, adapter)
-    if settings.methods is not None and method not in settings.methods:
-        return method, "not among the methods that were asked for"
-    return method, reader.why_not(layer, adapter)
+    return layer.reader.method(layer, adapter), _why_not_wanted(layer, adapter)
+
+
+def _why_not_wanted(layer: Any, adapter: str) -> str | None:
+    reader, wanted = layer.reader, layer.__dict__[STATE].settings.methods
+    if wanted is not None and reader.method(layer, adapter) not in wanted:
+        return "not among the methods that were asked for"
+    return reader.why_not(layer, adapter)
 
 
 def _why_not_now(layer: Any, adapter: str, x: Tensor) -> str | None:
@@ -143,18 +146,20 @@ def _why_not_now(layer: Any, adapter: str, x: Tensor) -> str | None:
     for module in reader.modules(layer, adapter):
         if _is_hooked(module):
             return f"a hook on {type(module).__name__} of the adapter"
-        if type(module) not in (nn.Linear, nn.Dropout, nn.Identity) and not _is_magnitude(module):
-            return f"the adapter holds a {type(module).__name__}"
-        if type(module) is nn.Dropout and module.p >= 1.0:
-            return "a dropout that leaves nothing"
-    tensors = reader.tensors(layer, adapter)
+        kind = type(module)
+        if kind is nn.Dropout:
+            if module.p >= 1.0:
+                return "a dropout that leaves nothing"
+        elif kind is not nn.Linear and kind is not nn.Identity and not _is_magnitude(module):
+            return f"the adapter holds a {kind.__name__}"
+    tensors, device = reader.tensors(layer, adapter), x.device
     for tensor in tensors:
         if type(tensor) not in _PLAIN or tensor.dim() == 0 or _is_freed(tensor):
             return "the adapter's tensors are sharded"
-        if tensor.device != x.device and tensor.requires_grad:
+        if tensor.device != device and tensor.requires_grad:
             return "input and adapter are on different devices"
-    if torch.is_autocast_enabled(x.device.type):
-        known = (torch.float32, torch.get_autocast_dtype(x.device.type))
+    if torch.is_autocast_enabled(device.type):
+        known = (torch.float32, torch.get_autocast_dtype(device.type))
         others = [tensor.dtype for tensor in tensors if tensor.dtype not in known]
         if others:
             return f"adapter in {_short(others[0])} under autocast to {_short(known[1])}"
@@ -175,7 +180,10 @@ def _short(dtype: torch.dtype) -> str:
 def _is_hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says."""
     own = module.__dict__
-    return any(own[name] for name in _HOOKS) or "forward" in own or "_hf_hook" in own
+    # Written out: this is asked of every module in every call.
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return True
+    return "forward" in own or "_hf_hook" in own
 
 
 def _is_magnitude(module: nn.Module) -> bool:
@@ -184,17 +192,17 @@ def _is_magnitude(module: nn.Module) -> bool:
 
 def _is_freed(tensor: Tensor) -> bool:
     """Whether a sharding wrapper took the memory away."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
-        return tensor.is_meta
-    return tensor.numel() > 0 and tensor.untyped_storage().size() == 0
+    if tensor.is_meta:
+        return True
+    return not torch.compiler.is_compiling() and tensor.untyped_storage().size() == 0 and tensor.numel() > 0
 
 
 def base_is_ours(layer: Any) -> bool:
     """Whether the product with the base weight is ours to compute: a whole frozen matrix that no hook watches."""
-    linear = layer.base_layer
+    linear = child_of(layer, "base_layer")
     if (type(linear) is not nn.Linear and not is_conv1d(linear)) or _is_hooked(linear):
         return False
-    weight = linear.weight
+    weight = weight_of(linear)
     whole = type(weight) in _PLAIN and weight.dim() == 2 and not _is_freed(weight)
     return whole and weight.is_floating_point() and not weight.requires_grad
 
@@ -203,10 +211,10 @@ def _base_of(layer: Any, x: Tensor) -> Base | None:
     """The base weight, if we compute its product with this x."""
     if not base_is_ours(layer):
         return None
-    linear = layer.base_layer
-    weight = linear.weight
+    linear = child_of(layer, "base_layer")
+    weight = weight_of(linear)
     castable = weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-    return Base(weight, is_conv1d(linear)) if castable and weight.device == x.device else None
+    return Base(weight, type(linear) is not nn.Linear) if castable and weight.device == x.device else None
 
 
 def _why_not_beside(layer: Any, active: list[str]) -> str | None:
@@ -216,20 +224,23 @@ def _why_not_beside(layer: Any, active: list[str]) -> str | None:
     return None
 
 
-def _fused(layer: Any, x: Tensor, active: list[str], base: Base | None) -> Tensor:
+def _fused(layer: Any, x: Tensor, active: list[str], base: Base | None, compiling: bool) -> Tensor:
     """The base layer's product with all active adapters."""
-    reader, state = layer.reader, state_of(layer)
+    reader, state = layer.reader, layer.__dict__[STATE]
     parts = [reader.read(layer, name, base, partial(state.remember, name, layer.training)) for name in active]
-    parts = [_for_graphs(part) for part in _stacked(parts)]
+    if len(parts) > 1:
+        parts = _stacked(parts)
+    if compiling:
+        parts = [_for_graphs(part) for part in parts]
     settings = state.settings
     common: dict[str, Any] = {
         "route": settings.route,
         "precision": settings.precision,
-        "label": None if torch.compiler.is_compiling() else state.path,
+        "label": None if compiling else state.path,
     }
     biases = [part.bias for part in parts if part.bias is not None]
     if base is not None:
-        bias = layer.base_layer.bias
+        bias = child_of(layer, "base_layer").bias
         for more in biases:
             bias = more if bias is None else bias + more
         first, *others = parts
@@ -282,7 +293,7 @@ def _dropout(part: Part, x: Tensor, kind: str) -> dict[str, Any]:
 
 def _stacked(parts: list[Part]) -> list[Part]:
     """Several plain adapters without dropout as one of their summed rank."""
-    if len(parts) == 1 or any(not _is_plain(part) for part in parts):
+    if any(not _is_plain(part) for part in parts):
         return parts
     terms = [part.terms for part in parts]
     dtype = reduce(torch.promote_types, (t.a.dtype for t in terms))
@@ -297,7 +308,7 @@ def _for_graphs(part: Part) -> Part:
     ours take.
     """
     t = part.terms
-    if not torch.compiler.is_compiling() or isinstance(t.scale, Tensor):
+    if isinstance(t.scale, Tensor):
         return part
     return replace(part, terms=replace(t, b=t.b * t.scale, scale=1.0))
 

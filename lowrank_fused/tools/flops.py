@@ -80,9 +80,9 @@ def _packet(operator: Any) -> Any:
 
 
 FORMULAS: dict[Any, Callable[..., int]] = {
-    _packet(ops.forward): _forward,
-    _packet(ops.add_): _add,
-    _packet(ops.backward): _backward,
+    _packet(ops.forward_op): _forward,
+    _packet(ops.add_op): _add,
+    _packet(ops.backward_op): _backward,
     _packet(weight_factor.weight_factor_op): _weight_factor,
     _packet(weight_factor.weight_factor_grad_op): _weight_factor_grad,
 }

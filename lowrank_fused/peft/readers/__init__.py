@@ -16,10 +16,21 @@ from torch import Tensor, nn
 from lowrank_fused.registry import Registry
 from lowrank_fused.terms import Terms
 
-__all__ = ["Base", "Part", "Reader", "Remembered", "layer_classes", "methods", "reader"]
+__all__ = ["Base", "Part", "Reader", "Remembered", "child_of", "layer_classes", "methods", "reader", "weight_of"]
 
 # remembered(function, *tensors, **constants) -> tensors, evaluated when one of the tensors has changed
 Remembered = Callable[..., tuple[Tensor, ...]]
+
+
+def child_of(module: nn.Module, name: str) -> Any:
+    """`getattr(module, name)` for a submodule, which takes nn.Module a microsecond; every call asks for many."""
+    return module._modules[name]
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """`module.weight` likewise; a replica of DataParallel keeps it as a plain attribute."""
+    weight = module._parameters.get("weight")
+    return module.weight if weight is None else weight  # type: ignore[return-value]
 
 
 class Base(NamedTuple):

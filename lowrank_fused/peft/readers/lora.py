@@ -17,7 +17,7 @@ from lowrank_fused.dropout import rows_at_a_time
 from lowrank_fused.methods.dora import row_norm
 from lowrank_fused.terms import Terms
 
-from . import Base, Part, Reader, Remembered, reader
+from . import Base, Part, Reader, Remembered, child_of, reader, weight_of
 
 
 def is_dora(layer: Any, adapter: str) -> bool:
@@ -37,7 +37,7 @@ class Lora(Reader):
 
     @staticmethod
     def adapters(layer: Any) -> Mapping[str, Any]:
-        return layer.lora_A
+        return child_of(layer, "lora_A")._modules
 
     @staticmethod
     def why_not(layer: Any, adapter: str) -> str | None:
@@ -48,17 +48,18 @@ class Lora(Reader):
 
     @staticmethod
     def modules(layer: Any, adapter: str) -> tuple[nn.Module, ...]:
-        return layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
+        return tuple(child_of(layer, name)._modules[adapter] for name in ("lora_A", "lora_B", "lora_dropout"))
 
     @staticmethod
     def tensors(layer: Any, adapter: str) -> tuple[Tensor, ...]:
-        return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        a, b, _ = Lora.modules(layer, adapter)
+        return weight_of(a), weight_of(b)
 
     @staticmethod
     def read(layer: Any, adapter: str, base: Base | None, remembered: Remembered) -> Part:
-        a, b, scaling = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
+        (a, b, dropout), scaling = Lora.modules(layer, adapter), layer.scaling[adapter]
         bias = None if b.bias is None else b.bias * scaling
-        return Part(Terms(a.weight, b.weight, scaling), layer.lora_dropout[adapter], bias)
+        return Part(Terms(weight_of(a), weight_of(b), scaling), dropout, bias)
 
 
 @reader(
