@@ -188,7 +188,7 @@ def _without_db(
     """Without dB a program owns rows, not columns: ds needs no second stage, and each row block adds up its dd."""
     (M, _), R = dy.shape, b.shape[1]
     if tile is None:
-        tile = choose_row_tile(M, R, dy.dtype, b.element_size(), arch_of(dy), sm_count(dy))
+        tile = choose_row_tile(M, R, dy.dtype, arch_of(dy), sm_count(dy), b.element_size())
     assert s is not None or not want_dcore, "the gradient of the core needs s [M, R]"
     ds = torch.empty((M, R), dtype=dy.dtype, device=dy.device)
     dcore_parts = None
