@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, Tile, arch_of, cdiv, sm_count, zeroed_counters
+from .launch import Launch, Tile, arch_of, cdiv, sm_count, with_adjacent_ranks, zeroed_counters
 from .shrink import choose_tile as choose_row_tile
 from .shrink import launch_shrink
 from .tile import cast, dot, is_last_to_arrive, reduce_parts
@@ -34,6 +34,7 @@ def _dy_factors_kernel(
     scale,
     stride_dym, stride_dyn,
     stride_bn, stride_br,
+    stride_sm, stride_dsm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program reads a strip of BLOCK_N columns of dy [M, N] over a chunk of its rows; with f = scale · d it adds
@@ -67,7 +68,8 @@ def _dy_factors_kernel(
         mask_s = mask_m[:, None] & mask_r[None, :]
         dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
-        s = tl.load(s_ptr + offs_m[:, None] * R + offs_r[None, :], mask=mask_s, other=0.0)  # [BLOCK_M, BLOCK_R]
+        s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :]
+        s = tl.load(s_ptrs, mask=mask_s, other=0.0)  # [BLOCK_M, BLOCK_R]
         acc = dot(tl.trans(s), dy, acc)
         # Always true. In one region Triton 3.7 gives both products the warp layout of the first, and every warp
         # then computes the whole of the other.
@@ -82,13 +84,17 @@ def _dy_factors_kernel(
         tl.store(dcore_ptrs, tl.sum(acc * b.to(tl.float32), axis=0) * scale, mask=mask_r)
 
     if is_last_to_arrive(counters_ptr + chunk, strips):
-        reduce_parts(ds_parts_ptr, ds_ptr, strips, tl.cast(M, tl.int64) * R, first_row * R, last_row * R, 8, BLOCK)
+        ds_parts_ptr += first_row * R
+        ds_ptr += first_row * (R if stride_dsm is None else stride_dsm)
+        length = (last_row - first_row).to(tl.int32) * R
+        reduce_parts(ds_parts_ptr, ds_ptr, strips, tl.cast(M, tl.int64) * R, length, R, stride_dsm, 8, BLOCK)
     if is_last_to_arrive(counters_ptr + chunks + strip, chunks):
         first = strip.to(tl.int64) * BLOCK_N * R
-        reduce_parts(db_parts_ptr, db_ptr, chunks, size, first, tl.minimum(first + BLOCK_N * R, size), 8, BLOCK)
+        length = tl.minimum(BLOCK_N, N - strip * BLOCK_N) * R
+        reduce_parts(db_parts_ptr + first, db_ptr + first, chunks, size, length, R, None, 8, BLOCK)
     if dcore_parts_ptr is not None:
         if is_last_to_arrive(counters_ptr + chunks + strips, chunks * strips):
-            reduce_parts(dcore_parts_ptr, dcore_ptr, chunks * strips, R, 0, R, 128, BLOCK_R)
+            reduce_parts(dcore_parts_ptr, dcore_ptr, chunks * strips, R, R, R, None, 128, BLOCK_R)
 
 
 def one_pass_max_rank(dtype: torch.dtype, arch: int) -> int:
@@ -134,19 +140,25 @@ def dy_factors(
     core: Tensor | None = None,
     want_db: bool = True,
     want_dcore: bool = False,
+    out: Tensor | None = None,
     tile: Tile | None = None,
     chunk_rows: int | None = None,
 ) -> DyFactors:
     """ds = scale · d ∘ (dy B), dB = dyᵀ (scale · s ∘ d) and dd = Σ_t s ∘ (scale · dy B) from one pass over dy [M, N].
 
     b [N, R] and `core` d [R] may be fp32 beside 16-bit dy, dy and b may have any strides; s [M, R] in dy's dtype is
-    needed for dB and dd. Without dB any rank will do, with it R ≤ `one_pass_max_rank`.
+    needed for dB and dd. ds is written to `out` [M, R] if given. Both may be some columns of wider matrices. Without
+    dB any rank will do, with it R ≤ `one_pass_max_rank`.
     Reads dy once, 2MNR FLOP for each of ds and dB.
     """
-    if not want_db:
-        return _without_db(dy, b, s, scale, core, want_dcore, tile)
-    assert s is not None and s.is_contiguous(), "dB needs s [M, R], contiguous"
     (M, N), R = dy.shape, b.shape[1]
+    ds = torch.empty((M, R), dtype=dy.dtype, device=dy.device) if out is None else out
+    assert ds.shape == (M, R) and (ds.stride(1) == 1 or R == 1), f"out must be rows [{M}, {R}], got {list(ds.shape)}"
+    assert s is not None or not (want_db or want_dcore), "dB and the gradient of the core need s [M, R]"
+    s = None if s is None else with_adjacent_ranks(s)
+    if not want_db:
+        return _without_db(dy, b, s, ds, scale, core, want_dcore, tile)
+    assert s is not None
     if tile is None:
         tile = choose_tile(N, R, dy.dtype, arch_of(dy))
     assert tile.block_r >= R, f"one pass over dy holds all ranks: {R} exceed the tile's {tile.block_r}"
@@ -158,7 +170,6 @@ def dy_factors(
     def parts(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=dy.device)
 
-    ds = torch.empty((M, R), dtype=dy.dtype, device=dy.device)
     db = torch.empty((N, R), dtype=b.dtype, device=dy.device)
     ds_parts, db_parts = parts(strips, M, R), parts(chunks, N, R)
     dcore, dcore_parts = (parts(R), parts(chunks * strips, R)) if want_dcore else (None, None)
@@ -172,6 +183,7 @@ def dy_factors(
             ds_ptr=ds, db_ptr=db, dcore_ptr=dcore,
             M=M, N=N, R=R, chunk_rows=chunk_rows, chunks=chunks, strips=strips, scale=float(scale),
             stride_dym=dy.stride(0), stride_dyn=dy.stride(1), stride_bn=b.stride(0), stride_br=b.stride(1),
+            stride_sm=s.stride(0), stride_dsm=None if ds.is_contiguous() else ds.stride(0),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r, BLOCK=128 * tile.num_warps,
         ),
         tile,
@@ -183,14 +195,19 @@ def dy_factors(
 
 
 def _without_db(
-    dy: Tensor, b: Tensor, s: Tensor | None, scale: float, core: Tensor | None, want_dcore: bool, tile: Tile | None
+    dy: Tensor,
+    b: Tensor,
+    s: Tensor | None,
+    ds: Tensor,
+    scale: float,
+    core: Tensor | None,
+    want_dcore: bool,
+    tile: Tile | None,
 ) -> DyFactors:
     """Without dB a program owns rows, not columns: ds needs no second stage, and each row block adds up its dd."""
     (M, _), R = dy.shape, b.shape[1]
     if tile is None:
         tile = choose_row_tile(M, R, dy.dtype, arch_of(dy), sm_count(dy), b.element_size())
-    assert s is not None or not want_dcore, "the gradient of the core needs s [M, R]"
-    ds = torch.empty((M, R), dtype=dy.dtype, device=dy.device)
     dcore_parts = None
     if want_dcore:
         dcore_parts = torch.empty((cdiv(M, tile.block_m), R), dtype=torch.float32, device=dy.device)

@@ -127,9 +127,13 @@ def blocks_of(tile: Tile) -> dict[str, int]:
     }
 
 
-def rank_multiple(rank: int) -> int:
-    """The largest power of two up to 16 that divides the rank: how many elements of u one load may take."""
-    return min(rank & -rank, 16) or 16
+def rank_multiple(rank: int, row_step: int) -> int:
+    """The largest power of two up to 16 that divides the rank and the step between rows of u.
+
+    That many elements one load may take, if u also starts at 16 bytes, which Triton sees for itself.
+    """
+    both = rank | row_step
+    return min(both & -both, 16) or 16
 
 
 @triton.jit
@@ -164,10 +168,15 @@ def descriptor_product(acc, x_desc, w_desc, row, col, INNER, W_ALONG_INNER: tl.c
 
 
 @triton.jit
-def low_rank_product(acc, u_ptr, f_ptr, rows, cols, M, COLS, R, stride_fr, stride_fc, BLOCK_R: tl.constexpr):
-    """acc + u[rows, :] · f[:, cols] with u [M, R] row-major; f is cast to u's type."""
+def low_rank_product(
+    acc, u_ptr, f_ptr, rows, cols, M, COLS, R,
+    stride_um,
+    stride_fr, stride_fc,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc + u[rows, :] · f[:, cols] with the ranks of u [M, R] side by side; f is cast to u's type."""
     offs_r = tl.arange(0, BLOCK_R)
-    u_ptrs = u_ptr + rows[:, None] * R + offs_r[None, :]
+    u_ptrs = u_ptr + rows[:, None] * stride_um + offs_r[None, :]
     f_ptrs = f_ptr + offs_r[:, None] * stride_fr + cols[None, :] * stride_fc
     mask_m, mask_c = rows[:, None] < M, cols[None, :] < COLS
     for r in range(0, R, BLOCK_R):

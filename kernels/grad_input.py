@@ -35,12 +35,13 @@ def _grad_input_kernel(
     keep_scale,
     stride_dym, stride_dyn,
     stride_wn, stride_wk,
-    RANK_MULTIPLE: tl.constexpr,
+    ADDS: tl.constexpr, RANK_MULTIPLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of dx [M, K] = dy [M, N] W [N, K] + keep ∘ (ds [M, R] A [R, K]) · keep_scale; keep is packed.
 
-    A masked low-rank product comes first, while the accumulator holds nothing else that the mask would hit.
+    A masked low-rank product comes first, while the accumulator holds nothing else that the mask would hit. What dx
+    holds already is added last if ADDS says so: before the main loop it would take registers all the way.
     """
     R = R // RANK_MULTIPLE * RANK_MULTIPLE  # changes no value, but tells the compiler what divides it
     pid_m, pid_k = grouped_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K))
@@ -48,15 +49,18 @@ def _grad_input_kernel(
     cols = pid_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     if mask_ptr is not None:
-        acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, K, 1, BLOCK_R)
+        acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, R, K, 1, BLOCK_R)
         acc = drop(acc, mask_ptr, rows, pid_k, M, K, keep_scale, BLOCK_M, BLOCK_K)
     acc = pointer_product(
         acc, dy_ptr, w_ptr, rows, cols, M, K, N, stride_dym, stride_dyn, stride_wn, stride_wk, BLOCK_N
     )
     if ds_ptr is not None and mask_ptr is None:
-        acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, K, 1, BLOCK_R)
+        acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, R, K, 1, BLOCK_R)
     dx_ptrs = dx_ptr + rows[:, None] * K + cols[None, :]
-    tl.store(dx_ptrs, cast(acc, dx_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (cols[None, :] < K))
+    mask_dx = (rows[:, None] < M) & (cols[None, :] < K)
+    if ADDS:
+        acc += tl.load(dx_ptrs, mask=mask_dx, other=0.0).to(tl.float32)
+    tl.store(dx_ptrs, cast(acc, dx_ptr.dtype.element_ty), mask=mask_dx)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -64,7 +68,7 @@ def _grad_input_tma_kernel(
     dy_desc, w_desc, ds_ptr, a_ptr, mask_ptr, dx_desc,
     M, N, K, R,
     keep_scale,
-    W_ALONG_N: tl.constexpr, RANK_MULTIPLE: tl.constexpr,
+    ADDS: tl.constexpr, W_ALONG_N: tl.constexpr, RANK_MULTIPLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The same through descriptors of dy, W and dx, with as many programs as SMs taking tiles in turn."""
@@ -77,11 +81,13 @@ def _grad_input_tma_kernel(
         cols = col.to(tl.int64) + tl.arange(0, BLOCK_K)
         acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         if mask_ptr is not None:
-            acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, K, 1, BLOCK_R)
+            acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, R, K, 1, BLOCK_R)
             acc = drop(acc, mask_ptr, rows, pid_k, M, K, keep_scale, BLOCK_M, BLOCK_K)
         acc = descriptor_product(acc, dy_desc, w_desc, row, col, N, W_ALONG_N, BLOCK_N)
         if ds_ptr is not None and mask_ptr is None:
-            acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, K, 1, BLOCK_R)
+            acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, R, K, 1, BLOCK_R)
+        if ADDS:
+            acc += dx_desc.load([row, col]).to(tl.float32)
         dx_desc.store([row, col], cast(acc, dx_desc.dtype))
 
 
@@ -99,17 +105,23 @@ def grad_input(
     *,
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
+    add: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """dx = dy W + keep ∘ (ds A) / (1 − p), [M, K] in dy's dtype, accumulated in fp32 and rounded once.
 
+    With `add` [M, K], contiguous and in dy's dtype, dx is added to it in place and it comes back: projections of one
+    x chain their gradients through one tensor, each addition rounded once.
     dy [M, N] and w [N, K] share a dtype and may have any strides: a `Conv1D` weight [K, N] is passed as its
     transpose. ds [M, R] has dy's dtype, a [R, K] may be fp32 beside it; without them dx = dy W. mask uint8
     [M, ⌈K / 8⌉] holds the bits of the forward's dropout, bit j of byte i for column 8i + j; without it every
-    element is kept and dropout_p must be 0. Reads dy, w, ds, a, mask once, writes dx once; 2MK(N + R) FLOP.
+    element is kept and dropout_p must be 0. Reads dy, w, ds, a, mask and add once, writes dx once; 2MK(N + R) FLOP.
     """
     (M, N), K, R = dy.shape, w.shape[1], 0 if ds is None else ds.shape[1]
-    dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
+    if add is not None:
+        same = add.shape == (M, K) and add.dtype == dy.dtype and add.is_contiguous()
+        assert same, f"add must be contiguous [{M}, {K}] of {dy.dtype}, got {list(add.shape)} of {add.dtype}"
+    dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device) if add is None else add
     if dx.numel() == 0:
         return dx
     if tile is None:
@@ -119,7 +131,8 @@ def grad_input(
     else:
         mask = None
     args = {"ds_ptr": ds, "a_ptr": a, "mask_ptr": mask, "keep_scale": keep_scale(dropout_p)}
-    args |= {"M": M, "N": N, "K": K, "R": R, "RANK_MULTIPLE": rank_multiple(R), **blocks_of(tile)}
+    args |= {"M": M, "N": N, "K": K, "R": R, "RANK_MULTIPLE": rank_multiple(R, R), **blocks_of(tile)}
+    args["ADDS"] = add is not None
     tiles = cdiv(M, tile.block_m) * cdiv(K, tile.block_k)
     if tile.use_tma:
         kernel, grid = _grad_input_tma_kernel, min(tiles, sm_count(dy))
@@ -131,6 +144,6 @@ def grad_input(
         kernel, grid = _grad_input_kernel, tiles
         args |= {"dy_ptr": dy, "stride_dym": dy.stride(0), "stride_dyn": dy.stride(1)}
         args |= {"w_ptr": w, "stride_wn": w.stride(0), "stride_wk": w.stride(1), "dx_ptr": dx}
-    read = sum(t.nbytes for t in (dy, w, ds, a, mask) if t is not None)
+    read = sum(t.nbytes for t in (dy, w, ds, a, mask, add) if t is not None)
     Launch(kernel, (grid,), args, tile, read, dx.nbytes, 2 * M * K * (N + R)).run()
     return dx

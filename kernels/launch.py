@@ -34,6 +34,7 @@ __all__ = [
     "shared_bytes",
     "sm_count",
     "targeting",
+    "with_adjacent_ranks",
     "zeroed_counters",
 ]
 
@@ -129,7 +130,7 @@ class Launch:
             kind = "constexpr" if fixed else _signature_of(value, param.do_not_specialize)
             if kind == "constexpr":
                 constants[(position,)] = value
-            elif kind[0] == "*" or (kind in ("i32", "i64") and not param.do_not_specialize and value % 16 == 0):
+            elif not param.do_not_specialize and _is_multiple_of_16(value, kind):
                 attributes[(position,)] = [["tt.divisibility", 16]]
             signature[param.name] = kind
         return ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -162,6 +163,13 @@ def _signature_of(value: Any, do_not_specialize: bool) -> str:
     if hasattr(value, "block_shape"):
         return f"tensordesc<{_SCALAR_TYPES[value.base.dtype]}{list(value.block_shape)}>"
     raise TypeError(f"no kernel argument type for {type(value).__name__}")
+
+
+def _is_multiple_of_16(value: Any, kind: str) -> bool:
+    """What Triton's launcher asks of an argument, the address of a tensor or an integer, before it specialises."""
+    if kind[0] == "*":
+        return value.data_ptr() % 16 == 0
+    return kind in ("i32", "i64") and value % 16 == 0
 
 
 @contextlib.contextmanager
@@ -213,6 +221,11 @@ def sm_count(x: Tensor) -> int:
 def shared_bytes(arch: int) -> int:
     """Shared memory that one program may have; the least of the known for a capability that is not."""
     return 1024 * _SHARED_KIB.get(arch, 99)
+
+
+def with_adjacent_ranks(u: Tensor) -> Tensor:
+    """u [M, R] with the elements of a row side by side: itself, be it a slice of a wider matrix, or else a copy."""
+    return u if u.stride(1) == 1 or u.shape[1] == 1 else u.contiguous()
 
 
 _counters: dict[tuple[int, int], Tensor] = {}

@@ -18,7 +18,7 @@ from .gemm import (
     pointer_product,
     rank_multiple,
 )
-from .launch import Launch, Tile, arch_of, cdiv, sm_count
+from .launch import Launch, Tile, arch_of, cdiv, sm_count, with_adjacent_ranks
 from .tile import cast, grouped_order
 
 __all__ = ["choose_tile", "lowrank_forward"]
@@ -30,17 +30,19 @@ def _lowrank_forward_kernel(
     M, N, K, R,
     stride_xm, stride_xk,
     stride_wn, stride_wk,
+    stride_vm,
     RANK_MULTIPLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of y [M, N] = x [M, K] Wᵀ [K, N] + v [M, R] Bᵀ [R, N] + bias [N]; x and W have any strides."""
-    R = R // RANK_MULTIPLE * RANK_MULTIPLE  # changes no value, but tells the compiler what divides it
+    # Changes no value, but tells the compiler what divides them.
+    R, stride_vm = R // RANK_MULTIPLE * RANK_MULTIPLE, stride_vm // RANK_MULTIPLE * RANK_MULTIPLE
     pid_m, pid_n = grouped_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N))
     rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = pointer_product(acc, x_ptr, w_ptr, rows, cols, M, N, K, stride_xm, stride_xk, stride_wk, stride_wn, BLOCK_K)
-    acc = low_rank_product(acc, v_ptr, b_ptr, rows, cols, M, N, R, 1, R, BLOCK_R)
+    acc = low_rank_product(acc, v_ptr, b_ptr, rows, cols, M, N, R, stride_vm, 1, R, BLOCK_R)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + rows[:, None] * N + cols[None, :]
@@ -51,6 +53,7 @@ def _lowrank_forward_kernel(
 def _lowrank_forward_tma_kernel(
     x_desc, w_desc, v_ptr, b_ptr, bias_ptr, y_desc,
     M, N, K, R,
+    stride_vm,
     W_ALONG_K: tl.constexpr, RANK_MULTIPLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +62,7 @@ def _lowrank_forward_tma_kernel(
     The low-rank product comes after the main loop: before it, or pipelined with it, its blocks would need
     shared memory beside those of x and W.
     """
-    R = R // RANK_MULTIPLE * RANK_MULTIPLE
+    R, stride_vm = R // RANK_MULTIPLE * RANK_MULTIPLE, stride_vm // RANK_MULTIPLE * RANK_MULTIPLE
     num_pid_m, num_pid_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), num_pid_m * num_pid_n, tl.num_programs(0)):
         pid_m, pid_n = grouped_order(tile, num_pid_m, num_pid_n)
@@ -68,7 +71,7 @@ def _lowrank_forward_tma_kernel(
         cols = col.to(tl.int64) + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc = descriptor_product(acc, x_desc, w_desc, row, col, K, W_ALONG_K, BLOCK_K)
-        acc = low_rank_product(acc, v_ptr, b_ptr, rows, cols, M, N, R, 1, R, BLOCK_R)
+        acc = low_rank_product(acc, v_ptr, b_ptr, rows, cols, M, N, R, stride_vm, 1, R, BLOCK_R)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
         y_desc.store([row, col], cast(acc, y_desc.dtype))
@@ -85,8 +88,8 @@ def lowrank_forward(
     """y = x Wᵀ + v Bᵀ + bias, [M, N] in x's dtype, accumulated in fp32 and rounded once.
 
     x [M, K] and w [N, K] share a dtype and may have any strides: a `Conv1D` weight [K, N] is passed as its
-    transpose. v [M, R] has x's dtype; b [N, R] and bias [N] may be fp32 beside 16-bit x. Reads every operand
-    once, writes y once; 2MN(K + R) FLOP.
+    transpose. v [M, R] has x's dtype and may be some columns of a wider matrix; b [N, R] and bias [N] may be fp32
+    beside 16-bit x. Reads every operand once, writes y once; 2MN(K + R) FLOP.
     """
     (M, K), N, R = x.shape, w.shape[0], v.shape[1]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
@@ -94,9 +97,9 @@ def lowrank_forward(
         return y
     if tile is None:
         tile = choose_tile(M, N, K, R, x.dtype, access_of(x, w, y, arch=arch_of(x)), sm_count(x))
-    v, b = v.contiguous(), b.contiguous()
+    v, b = with_adjacent_ranks(v), b.contiguous()
     args = {"v_ptr": v, "b_ptr": b, "bias_ptr": None if bias is None else bias.contiguous(), **blocks_of(tile)}
-    args |= {"M": M, "N": N, "K": K, "R": R, "RANK_MULTIPLE": rank_multiple(R)}
+    args |= {"M": M, "N": N, "K": K, "R": R, "stride_vm": v.stride(0), "RANK_MULTIPLE": rank_multiple(R, v.stride(0))}
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     if tile.use_tma:
         kernel, grid = _lowrank_forward_tma_kernel, min(tiles, sm_count(x))

@@ -18,13 +18,13 @@ __all__ = ["block_of_rank", "choose_tile", "launch_shrink", "shrink"]
 
 @triton.jit
 def _store_core(
-    s, core_ptr, v_ptr, offs_m, offs_r, mask_m, R, RV, scale,
+    s, core_ptr, v_ptr, offs_m, offs_r, mask_m, R, RV, scale, stride_vm,
     CORE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Store v = scale · core(s); s fp32 [BLOCK_M, BLOCK_R], v [M, RV]."""
     IO: tl.constexpr = v_ptr.dtype.element_ty
     mask_r = offs_r < R
-    v_rows = v_ptr + offs_m[:, None] * RV
+    v_rows = v_ptr + offs_m[:, None] * stride_vm
     mask_s = mask_m[:, None] & mask_r[None, :]
     if CORE == "gate":
         for e in range(RV // R):
@@ -50,6 +50,7 @@ def _shrink_kernel(
     scale, keep_scale, threshold,
     stride_xm, stride_xk,
     stride_ar, stride_ak,
+    stride_vm, stride_tm,
     CORE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -96,10 +97,10 @@ def _shrink_kernel(
     if s_ptr is not None:
         tl.store(s_ptr + offs_m[:, None] * R + offs_r[None, :], cast(acc, IO), mask=mask_s)
     if t_ptr is not None:
-        t = tl.load(t_ptr + offs_m[:, None] * R + offs_r[None, :], mask=mask_s, other=0.0).to(tl.float32)
+        t = tl.load(t_ptr + offs_m[:, None] * stride_tm + offs_r[None, :], mask=mask_s, other=0.0).to(tl.float32)
         tl.store(dcore_parts_ptr + pid_m * R + offs_r, tl.sum(acc * t, axis=0) * scale, mask=mask_r)
     if v_ptr is not None:
-        _store_core(acc, core_ptr, v_ptr, offs_m, offs_r, mask_m, R, RV, scale, CORE, BLOCK_M, BLOCK_V)
+        _store_core(acc, core_ptr, v_ptr, offs_m, offs_r, mask_m, R, RV, scale, stride_vm, CORE, BLOCK_M, BLOCK_V)
 
 
 def block_of_rank(R: int, dtype: torch.dtype) -> int:
@@ -202,7 +203,10 @@ def launch_shrink(
     t: Tensor | None = None,
     dcore_parts: Tensor | None = None,
 ) -> None:
-    """One launch that fills those of s, v, mask and (given t [M, R]) dcore_parts [row blocks, R] that are there."""
+    """One launch that fills those of s, v, mask and (given t [M, R]) dcore_parts [row blocks, R] that are there.
+
+    v and t may be some columns of wider matrices.
+    """
     (M, K), R = x.shape, a.shape[0]
     RV = R if v is None else v.shape[1]
     block_v = max(16, triton.next_power_of_2(RV)) if core_kind == "dense" else 16
@@ -218,6 +222,7 @@ def launch_shrink(
             M=M, K=K, R=R, RV=RV,
             scale=float(scale), keep_scale=keep_scale(dropout_p), threshold=lane_threshold(dropout_p),
             stride_xm=x.stride(0), stride_xk=x.stride(1), stride_ar=a.stride(0), stride_ak=a.stride(1),
+            stride_vm=0 if v is None else v.stride(0), stride_tm=0 if t is None else t.stride(0),
             CORE=core_kind,
             BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r, BLOCK_V=block_v,
         ),

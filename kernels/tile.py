@@ -47,21 +47,27 @@ def grouped_order(pid, num_pid_m, num_pid_n, GROUP_M: tl.constexpr = 8):
 
 
 @triton.jit
-def reduce_parts(parts_ptr, out_ptr, count, size, first, last, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i] = Σ_c parts[c, i] for first ≤ i < last, in an order that the shapes fix; parts fp32 [count, size].
+def reduce_parts(
+    parts_ptr, out_ptr, count, size, length, columns, stride, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out[i] = Σ_c parts[c · size + i] for i < length, fp32, in an order that the shapes fix.
 
-    BLOCK_C parts are in flight at a time. They may have been written by other programs of the same launch, so the
-    loads bypass L1.
+    out has rows of `columns` elements, `stride` apart; None where they follow one another. BLOCK_C parts are in flight
+    at a time. They may have been written by other programs of the same launch, so the loads bypass L1.
     """
     offs_c = tl.arange(0, BLOCK_C)
-    for start in range(first, last, BLOCK):
+    for start in range(0, length, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         acc = tl.zeros((BLOCK,), tl.float32)
         for c in range(0, count, BLOCK_C):
-            mask = (offs_c < count - c)[:, None] & (offs < last)[None, :]
+            mask = (offs_c < count - c)[:, None] & (offs < length)[None, :]
             part_ptrs = parts_ptr + (c + offs_c).to(tl.int64)[:, None] * size + offs[None, :]
             acc += tl.sum(tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg"), axis=0)
-        tl.store(out_ptr + offs, cast(acc, out_ptr.dtype.element_ty), mask=offs < last)
+        if stride is not None:
+            out_ptrs = out_ptr + (offs // columns).to(tl.int64) * stride + offs % columns
+        else:
+            out_ptrs = out_ptr + offs
+        tl.store(out_ptrs, cast(acc, out_ptr.dtype.element_ty), mask=offs < length)
 
 
 @triton.jit

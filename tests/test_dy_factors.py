@@ -82,6 +82,25 @@ def test_any_strides(device):
         assert torch.equal(ds, dy @ b) and torch.equal(db, dy.t() @ s)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("want_db", [True, False], ids=["one-pass", "without-dB"])
+@pytest.mark.parametrize("r", [16, 5])
+def test_s_and_ds_within_wider_matrices(r, want_db, dtype, device):
+    m, n = 37, 53
+    dy, own = (integer_operand(m, c, low=-1, high=1, dtype=dtype).to(device) for c in (n, r))
+    b, core = integer_operand(n, r, low=-1, high=1).to(device), integer_operand(r).to(device)
+    for first in (0, r, 2 * r):
+        wide, ds = (torch.full((m, 3 * r), float("nan"), dtype=dtype, device=device) for _ in range(2))
+        columns = slice(first, first + r)
+        s = wide[:, columns].copy_(own)
+        got = run(dy, b, s, 16, core=core, want_db=want_db, want_dcore=True, out=ds[:, columns])
+        exact = by_formula(dy.double(), b.double(), own.double(), core.double(), 1.0)
+        assert got.ds.data_ptr() == ds[:, columns].data_ptr()
+        assert torch.equal(ds[:, columns], exact[0].to(dtype)) and ds.isnan().sum() == 2 * m * r
+        assert torch.equal(got.db, exact[1].float()) if want_db else got.db is None
+        assert torch.equal(got.dcore, exact[2].float())
+
+
 def test_tile_and_chunks_change_only_the_order_of_sums(device):
     from lowrank_fused.kernels.dy_factors import dy_factors
 
@@ -112,3 +131,16 @@ def test_without_db_any_rank(want_dcore, device):
     expected, _, expected_dcore = by_formula(dy, b, s, core, 0.5)
     assert torch.equal(ds, expected) and db is None
     assert torch.equal(dcore, expected_dcore) if want_dcore else dcore is None
+
+
+def test_declared_work_and_the_tile_of_rows_without_db():
+    from lowrank_fused.kernels.dy_factors import dy_factors
+    from lowrank_fused.kernels.launch import record, targeting
+    from lowrank_fused.kernels.shrink import choose_tile
+
+    dy, b = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((8192, 4096), (4096, 16)))
+    with targeting(90), record() as launches:
+        dy_factors(dy, b, None, want_db=False)
+    (launch,) = launches
+    assert launch.tile == choose_tile(8192, 16, torch.bfloat16, 90, 132, 2)
+    assert launch.bytes_read == dy.nbytes + b.nbytes and launch.bytes_written == 2 * 8192 * 16

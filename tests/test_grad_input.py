@@ -25,6 +25,7 @@ SHAPES = [
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["linear", "conv1d"]
+READERS = [*((False, dtype) for dtype in DTYPES), (True, torch.float16), (True, torch.bfloat16)]
 P = 0.5  # 1 / (1 − p) is exact
 
 
@@ -32,6 +33,13 @@ def small_tile(use_tma: bool = False):
     from lowrank_fused.kernels.launch import Tile
 
     return Tile(32, 32, 32, num_warps=4, num_stages=2, use_tma=use_tma)
+
+
+def skip_without_descriptors(use_tma: bool, device: torch.device) -> None:
+    from lowrank_fused.kernels.launch import arch_of
+
+    if use_tma and device.type == "cuda" and arch_of(torch.empty(0, device=device)) < 90:
+        pytest.skip("needs a GPU with a tensor memory accelerator")
 
 
 def weight(n: int, k: int, layout: str, make) -> Tensor:
@@ -110,10 +118,8 @@ def test_adapter_in_fp32_is_cast_in_the_kernel(dtype, device):
 )
 def test_descriptors(m, n, k, r, dtype, layout, device):
     from lowrank_fused.kernels.grad_input import grad_input
-    from lowrank_fused.kernels.launch import arch_of
 
-    if device.type == "cuda" and arch_of(torch.empty(0, device=device)) < 90:
-        pytest.skip("needs a GPU with a tensor memory accelerator")
+    skip_without_descriptors(True, device)
 
     def make(*shape):
         return integer_operand(*shape, low=-1, high=1, dtype=dtype).to(device)
@@ -126,6 +132,56 @@ def test_descriptors(m, n, k, r, dtype, layout, device):
     assert torch.equal(grad_input(dy, w, ds, a, tile=tile), reference(*wide).to(dtype))
     dropped = grad_input(dy, w, ds, a, mask=mask, dropout_p=P, tile=tile)
     assert torch.equal(dropped, reference(*wide, keep, P).to(dtype))
+
+
+@pytest.mark.parametrize(("use_tma", "dtype"), READERS)
+@pytest.mark.parametrize(("m", "k"), [(64, 64), (37, 72)])
+def test_projections_of_one_x_chain_through_one_tensor(m, k, dtype, use_tma, device):
+    from lowrank_fused.kernels.grad_input import grad_input
+
+    skip_without_descriptors(use_tma, device)
+
+    def make(*shape):
+        return integer_operand(*shape, low=-1, high=1, dtype=dtype).to(device)
+
+    # Sums that stay integers below 256 are exact in every dtype, in any order of additions.
+    sizes, r = (24, 8, 40), 17
+    dys, ws = [make(m, n) for n in sizes], [make(n, k) for n in sizes]
+    ds, a = make(m, r), make(r, k)
+    keep, mask = keep_mask(m, k, P, device)
+    tile = small_tile(use_tma)
+    frozen = sum(dy.double() @ w.double() for dy, w in zip(dys, ws, strict=True))
+    for bits, kept, p in ((None, None, 0.0), (mask, keep, P)):
+        dx = None
+        for dy, w in zip(dys[:2], ws[:2], strict=True):
+            dx = grad_input(dy, w, add=dx, tile=tile)
+        last = grad_input(dys[2], ws[2], ds, a, mask=bits, dropout_p=p, add=dx, tile=tile)
+        delta = reference(dys[0].double() * 0, ws[0].double(), ds.double(), a.double(), kept, p)
+        assert last is dx and torch.equal(dx, (frozen + delta).to(dtype))
+
+
+@pytest.mark.parametrize(("use_tma", "dtype"), READERS)
+def test_adding_is_as_accurate_as_torch(dtype, use_tma, device):
+    from lowrank_fused.kernels.grad_input import grad_input
+
+    skip_without_descriptors(use_tma, device)
+    torch.manual_seed(0)
+    dy, w, ds, a, dx = (
+        torch.randn(shape).to(device, dtype) for shape in ((45, 88), (88, 72), (45, 20), (20, 72), (45, 72))
+    )
+    wide = [t.double() for t in (dy, w, ds, a)]
+    plain, exact = dx + reference(dy, w, ds, a), dx.double() + reference(*wide)
+    size = dx.double().abs() + reference(*(t.abs() for t in wide))
+    assert_as_accurate_as_torch(grad_input(dy, w, ds, a, add=dx, tile=small_tile(use_tma)), plain, exact, "dx", size)
+
+
+def test_what_can_not_be_added_to():
+    from lowrank_fused.kernels.grad_input import grad_input
+
+    dy, w = torch.ones(8, 4), torch.ones(4, 6)
+    for add in (torch.ones(8, 5), torch.ones(8, 6).half(), torch.ones(6, 8).t()):
+        with pytest.raises(AssertionError, match="contiguous"):
+            grad_input(dy, w, add=add)
 
 
 def test_any_strides(device):
@@ -168,9 +224,12 @@ def test_declared_work(device):
     mask = torch.ones(32, 6, dtype=torch.uint8, device="meta")
     with record() as launches:
         grad_input(dy, w, ds, a, mask=mask, dropout_p=P)
-        grad_input(dy, w)
-    dropped, plain = launches
+        dx = grad_input(dy, w)
+        grad_input(dy, w, add=dx)
+    dropped, plain, adding = launches
     assert dropped.bytes_read == 4 * (32 * 64 + 64 * 48 + 32 * 8 + 8 * 48) + 32 * 6
     assert dropped.bytes_written == plain.bytes_written == 4 * 32 * 48
     assert dropped.flops == 2 * 32 * 48 * (64 + 8)
     assert plain.flops == 2 * 32 * 48 * 64
+    assert adding.bytes_read == plain.bytes_read + 4 * 32 * 48
+    assert (adding.bytes_written, adding.flops) == (plain.bytes_written, plain.flops)

@@ -25,12 +25,20 @@ SHAPES = [
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["linear", "conv1d"]
+READERS = [*((False, dtype) for dtype in DTYPES), (True, torch.float16), (True, torch.bfloat16)]
 
 
 def small_tile(use_tma: bool = False):
     from lowrank_fused.kernels.launch import Tile
 
     return Tile(32, 32, 32, num_warps=4, num_stages=2, use_tma=use_tma)
+
+
+def skip_without_descriptors(use_tma: bool, device: torch.device) -> None:
+    from lowrank_fused.kernels.launch import arch_of
+
+    if use_tma and device.type == "cuda" and arch_of(torch.empty(0, device=device)) < 90:
+        pytest.skip("needs a GPU with a tensor memory accelerator")
 
 
 def weight(n: int, k: int, layout: str, make) -> Tensor:
@@ -97,11 +105,9 @@ def test_adapter_in_fp32_is_cast_in_the_kernel(dtype, device):
     [(64, 64, 64, 16), (65, 72, 40, 17), (1, 40, 72, 4), (31, 136, 8, 8), (20, 48, 64, 64)],
 )
 def test_descriptors(m, n, k, r, dtype, layout, device):
-    from lowrank_fused.kernels.launch import arch_of
     from lowrank_fused.kernels.lowrank_forward import lowrank_forward
 
-    if device.type == "cuda" and arch_of(torch.empty(0, device=device)) < 90:
-        pytest.skip("needs a GPU with a tensor memory accelerator")
+    skip_without_descriptors(True, device)
 
     def make(*shape):
         return integer_operand(*shape, low=-1, high=1, dtype=dtype).to(device)
@@ -120,6 +126,28 @@ def test_any_strides(device):
     assert torch.equal(lowrank_forward(x, w, v, b, tile=small_tile()), reference(x, w, v, b))
     row = integer_operand(1, 65).to(device).expand(33, 65)
     assert torch.equal(lowrank_forward(row, w, v, b, tile=small_tile()), reference(row, w, v, b))
+
+
+@pytest.mark.parametrize(("use_tma", "dtype"), READERS)
+@pytest.mark.parametrize("r", [16, 8, 3])
+def test_v_is_read_where_it_lies_in_a_wider_matrix(r, dtype, use_tma, device):
+    from lowrank_fused.kernels.launch import record
+    from lowrank_fused.kernels.lowrank_forward import lowrank_forward
+
+    skip_without_descriptors(use_tma, device)
+
+    def make(*shape):
+        return integer_operand(*shape, low=-1, high=1, dtype=dtype).to(device)
+
+    m, n, k = 45, 56, 40
+    x, w, b = make(m, k), make(n, k), make(n, r)
+    for first in (0, r, 2 * r):
+        everywhere = torch.full((m, 3 * r), float("nan"), dtype=dtype, device=device)
+        v = everywhere[:, first : first + r].copy_(make(m, r))
+        with record() as launches:
+            y = lowrank_forward(x, w, v, b, tile=small_tile(use_tma))
+        assert torch.equal(y, reference(*(t.double() for t in (x, w, v, b))).to(dtype))
+        assert launches[0].args["v_ptr"].data_ptr() == v.data_ptr()
 
 
 def test_result_does_not_depend_on_the_tile(device):
@@ -172,6 +200,13 @@ def test_chosen_tile_fits_the_shape(arch):
     rows, columns = chosen(2048, 1024)  # 64 tiles of 128 x 256 would leave half of the GPU idle
     assert (2048 // rows) * (1024 // columns) > sms // 2
     assert chosen(8, 4096)[0] == (16 if arch < 90 else 64)
+
+
+def test_how_many_ranks_a_load_may_take():
+    from lowrank_fused.kernels.gemm import rank_multiple
+
+    assert [rank_multiple(r, r) for r in (0, 1, 6, 8, 16, 64)] == [16, 1, 2, 8, 16, 16]
+    assert [rank_multiple(16, step) for step in (48, 40, 21)] == [16, 8, 1]
 
 
 def test_reading_follows_alignment():

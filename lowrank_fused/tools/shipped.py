@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
+from lowrank_fused.kernels.dy_factors import dy_factors, one_pass_max_rank
 from lowrank_fused.kernels.gather import Permutation, gather, scatter_add, segment_sum
-from lowrank_fused.kernels.launch import Launch, record, targeting
+from lowrank_fused.kernels.grad_input import grad_input
+from lowrank_fused.kernels.launch import Launch, arch_of, record, targeting
+from lowrank_fused.kernels.lowrank_forward import lowrank_forward
 from lowrank_fused.kernels.stacked import Stack, repeat_blocks, sum_blocks
 from lowrank_fused.kernels.weight_factor import ACTIVATIONS, weight_factor, weight_factor_grad
 
@@ -97,6 +100,47 @@ def _cases() -> Iterator[CallCase]:
         yield CallCase(m, p=0.1, r=128, given_mask=True, routes=(SPLIT,))
     yield CallCase(n=4100, k=4100, p=0.1, given_mask=True, routes=(SPLIT,))
     yield CallCase(p=0.1, dtype=torch.float32, given_mask=True, routes=(SPLIT,))
+
+
+@dataclass(frozen=True)
+class _GroupCase:
+    """Three projections of one x: thin operands are columns of wider matrices, and dx is one tensor for all."""
+
+    m: int = 8192
+    k: int = 4096
+    r: int = 16
+    p: float = 0.0
+    dtype: torch.dtype = torch.bfloat16
+    conv1d: bool = False
+
+    def launch(self) -> None:
+        """What differs from a projection on its own, on the meta device."""
+        make = partial(torch.empty, dtype=self.dtype, device="meta")
+        v, ds = make(self.m, 3 * self.r), make(self.m, 3 * self.r)
+        mask = torch.empty(self.m, -(-self.k // 8), dtype=torch.uint8, device="meta") if self.p else None
+        x, b = make(self.m, self.k), make(self.k, self.r)
+        weight = make(self.k, self.k).t() if self.conv1d else make(self.k, self.k)
+        for first in (0, self.r):
+            own = slice(first, first + self.r)
+            y = lowrank_forward(x, weight, v[:, own], b)
+            dy_factors(y, b, v[:, own], want_db=self.r <= one_pass_max_rank(self.dtype, arch_of(y)), out=ds[:, own])
+        dx = grad_input(y, weight)
+        grad_input(y, weight, add=dx)
+        grad_input(y, weight, ds, make(3 * self.r, self.k), mask=mask, dropout_p=self.p, add=dx)
+
+
+def _group_cases() -> Iterator[_GroupCase]:
+    """Every tile of dx, added to, with and without a mask; ranks that are aligned, in half and not at all."""
+    for m, k in _SHAPES:
+        yield _GroupCase(m, k)
+        yield _GroupCase(m, k, p=0.1)
+        yield _GroupCase(m, k + 4, p=0.1)
+    for r in (4, 8, 11, 64):
+        yield _GroupCase(r=r, p=0.1)
+    yield _GroupCase(p=0.1, conv1d=True)
+    yield _GroupCase(p=0.1, dtype=torch.float16)
+    for m in (8, 8192):
+        yield _GroupCase(m, p=0.1, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -192,7 +236,7 @@ def _stack_cases() -> Iterator[_StackCase]:
         yield _StackCase(dtype, rank=1, size=4099)
 
 
-AnyCase = CallCase | _GatherCase | _WeightFactorCase | _StackCase
+AnyCase = CallCase | _GroupCase | _GatherCase | _WeightFactorCase | _StackCase
 
 
 def launches_of(arch: int, cases: Iterable[AnyCase]) -> list[Launch]:
@@ -208,4 +252,4 @@ def launches_of(arch: int, cases: Iterable[AnyCase]) -> list[Launch]:
 
 def shipped_launches(arch: int) -> list[Launch]:
     """One launch for every binary that the kernel routes can ask for on `arch`, in a fixed order."""
-    return launches_of(arch, (*_cases(), *_gather_cases(), *_weight_factor_cases(), *_stack_cases()))
+    return launches_of(arch, (*_cases(), *_group_cases(), *_gather_cases(), *_weight_factor_cases(), *_stack_cases()))
