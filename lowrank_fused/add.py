@@ -85,7 +85,8 @@ def _run(
     label: str | None,
 ) -> Saved:
     rows = y.view(-1, y.shape[-1])
-    return guarded(ops.add_, rows, rows_of(x), a, b, core, drop, o, route=route, label=label)
+    operands = (rows, rows_of(x), a, b, core, drop, o, route)
+    return guarded(ops.add_, *operands, where=x.device, route=route, label=label)
 
 
 def lowrank_add(

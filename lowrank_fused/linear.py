@@ -77,7 +77,8 @@ def _run_forward(
     route: str,
     label: str | None,
 ) -> tuple[Tensor, Saved]:
-    y, saved = guarded(ops.forward, rows_of(x), weight, a, b, core, bias, drop, o, route=route, label=label)
+    operands = (rows_of(x), weight, a, b, core, bias, drop, o, route)
+    y, saved = guarded(ops.forward, *operands, where=x.device, route=route, label=label)
     if x.dim() != 2:
         # Not a view: to one that a Function returns, autograd lets nobody add a further term in place.
         y = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], weight.shape[0]])

@@ -30,17 +30,16 @@ __all__ = [
 ]
 
 
-def guarded(function: Callable[..., Any], *operands: Any, route: str, label: str | None) -> Any:
-    """function(*operands, route), autocast off: it would round the fp32 sums of gradients.
+def guarded(function: Callable[..., Any], *operands: Any, where: torch.device, route: str, label: str | None) -> Any:
+    """function(*operands), autocast off: it would round the fp32 sums of gradients.
 
     `label` is put on whatever goes wrong in a launch; out of memory stays what it is.
     """
     try:
-        device_type = operands[0].device.type
-        if not torch.is_autocast_enabled(device_type):
-            return function(*operands, route)
-        with torch.autocast(device_type, enabled=False):
-            return function(*operands, route)
+        if not torch.is_autocast_enabled(where.type):
+            return function(*operands)
+        with torch.autocast(where.type, enabled=False):
+            return function(*operands)
     except (torch.OutOfMemoryError, ValueError, TypeError, UnsupportedError):
         raise
     except Exception as error:
@@ -100,8 +99,8 @@ def run_backward(ctx: Any, dy: Tensor) -> Grads:
     """The gradients of a call after `save_for_backward`, dx in the shape of x."""
     weight, x, a, b, core, s, mask = ctx.saved_tensors
     x = None if x is None else rows_of(x)
-    operands = (rows_of(dy), x, weight, a, b, core, Saved(s, mask), ctx.options)
-    grads: Grads = guarded(ops.backward, *operands, route=ctx.route, label=ctx.label)
+    operands = (rows_of(dy), x, weight, a, b, core, Saved(s, mask), ctx.options, ctx.route)
+    grads: Grads = guarded(ops.backward, *operands, where=dy.device, route=ctx.route, label=ctx.label)
     if grads.x is not None and dy.dim() != 2:
         grads.x = grads.x.view(*dy.shape[:-1], a.shape[1])
     return grads

@@ -14,8 +14,8 @@ one number that decides between `thin` and `split`: e, the speed of Triton's GEM
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -23,17 +23,19 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..target import Target, interpreting, target_of
 from . import addmm, precise, reference
-from .problem import Route
+from .problem import GroupRoute, Route
 
-__all__ = ["ROUTES", "choose", "implementation", "unavailable"]
+__all__ = ["GROUP_ROUTES", "MAX_THIN_RANK", "ROUTES", "choose", "choose_for_group", "implementation", "unavailable"]
 
 ROUTES = ("reference", "addmm", "precise", "thin", "split")
+# Those that serve several linears that share x.
+GROUP_ROUTES = ("addmm", "thin", "split")
 _LIBRARY = {"reference": reference, "addmm": addmm, "precise": precise}
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Above this rank the thin kernels read x once per rank block, and library GEMMs are at full speed anyway.
-_MAX_THIN_RANK = 128
+MAX_THIN_RANK = 128
 
 # (peak bf16 FLOP/s) / (memory byte/s), and e: priors from data sheets and published figures, not measurements.
 _BALANCE = {80: 149, 86: 90, 89: 172, 90: 263, 100: 214, 120: 117}
@@ -55,7 +57,7 @@ def choose(
     Costs are extra time over the frozen GEMM, relative to it: one pass over an [m, n] tensor of 16-bit values costs
     ρ/k, over [m, k] ρ/n, with ρ the balance of the GPU in FLOP per byte.
     """
-    if not target.has_triton or dtype not in (torch.bfloat16, torch.float16) or r > _MAX_THIN_RANK or m == 0:
+    if not target.has_triton or dtype not in (torch.bfloat16, torch.float16) or r > MAX_THIN_RANK or m == 0:
         return "addmm"
     rho = _nearest(_BALANCE, target.arch)
     over_n, over_k = rho / n, rho / k
@@ -71,6 +73,26 @@ def choose(
         }
         cost["addmm"] += 2.5 * over_n * dropout
     return min(cost, key=lambda route: cost[route])
+
+
+def choose_for_group(
+    route: str,
+    m: int,
+    k: int,
+    shapes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    dropout: bool,
+    device: torch.device,
+) -> tuple[str, str]:
+    """Routes forward and backward for linears of `shapes` (N, R) that share x [m, k]; a named one works or raises."""
+    if route != "auto":
+        if route not in GROUP_ROUTES:
+            raise ValueError(f"route {route!r} serves single linears; for several use {', '.join(GROUP_ROUTES)}")
+        if reason := unavailable(route, device, dtype):
+            raise UnsupportedError(f"route {route!r} cannot run: {reason}")
+        return route, route
+    sizes = (m, sum(n for n, _ in shapes), k, sum(r for _, r in shapes), dtype, dropout, target_of(device))
+    return choose("forward", *sizes), choose("backward", *sizes)
 
 
 def _nearest(table: Mapping[int, float], arch: int) -> float:
@@ -104,3 +126,8 @@ def implementation(route: str, like: Tensor) -> Route:
     from .fused import SPLIT, THIN
 
     return SPLIT if route == "split" else THIN
+
+
+def group_implementation(route: str, like: Tensor) -> GroupRoute:
+    """What has the group_forward() and group_backward() of one of `GROUP_ROUTES`."""
+    return cast(GroupRoute, implementation(route, like))

@@ -9,14 +9,16 @@ v Bᵀ to y (`forms_weight`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..dropout import keep_of, pack, unpack, zero_dropped
 from .cores import core_forward, core_grad, core_input_grad
-from .problem import Grads, Options, Saved
+from .problem import Grads, GroupGrads, GroupOptions, Options, Saved
 
-__all__ = ["add_forward", "backward", "forms_weight", "forward"]
+__all__ = ["add_forward", "backward", "forms_weight", "forward", "group_backward", "group_forward"]
 
 
 def forward(
@@ -85,6 +87,59 @@ def backward(
             grads.x = _input_grad(dy, weight, a.to(dy.dtype), ds, keep, o.keep_scale, scratch)
     if o.wants_bias:
         grads.bias = dy.sum(0)
+    return grads
+
+
+def group_forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Tensor,
+    b: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    drop: Tensor | None,
+    o: GroupOptions,
+) -> tuple[list[Tensor], Saved]:
+    """Every y, from one product of drop(x) with all A's."""
+    keep = None if drop is None else keep_of(drop, x.shape[0], x.shape[1], o.dropout_p)
+    s = _scaled_mm(x if keep is None else zero_dropped(x, keep), a.to(x.dtype).t(), o.keep_scale)
+    ys = []
+    for weight, b_i, bias, ranks in zip(weights, b, biases, o.ranks, strict=True):
+        y = torch.nn.functional.linear(x, weight, bias)
+        ys.append(y.addmm_(s[:, ranks], b_i.to(x.dtype).t(), alpha=o.scale))
+    mask = pack(keep) if keep is not None and o.keeps_mask else None
+    return ys, Saved(s if any(o.wants_b) else None, mask)
+
+
+def group_backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    weights: Sequence[Tensor],
+    a: Tensor,
+    b: Sequence[Tensor],
+    saved: Saved,
+    o: GroupOptions,
+) -> GroupGrads:
+    """One product of all ds with drop(x) for every dA; dx chained through one tensor."""
+    s, mask = saved
+    grads = GroupGrads(None, None, [None] * len(dys), [None] * len(dys))
+    for i, (dy, ranks) in enumerate(zip(dys, o.ranks, strict=True)):
+        if o.wants_b[i] and s is not None:
+            grads.b[i] = _scaled_mm(s[:, ranks].t(), dy, o.scale).t()
+        if o.wants_bias[i]:
+            grads.bias[i] = dy.sum(0)
+    if not (o.wants_x or any(o.wants_a)):
+        return grads
+    keep = None if mask is None else unpack(mask, a.shape[1])
+    ds = torch.cat([_scaled_mm(dy, b_i.to(dy.dtype), o.scale) for dy, b_i in zip(dys, b, strict=True)], 1)
+    dropped = x
+    if any(o.wants_a) and x is not None:
+        dropped = x if keep is None else zero_dropped(x, keep)
+        grads.a = _scaled_mm(ds.t(), dropped, o.keep_scale)
+    if o.wants_x:
+        scratch = None if dropped is x else dropped
+        grads.x = _input_grad(dys[0], weights[0], a.to(ds.dtype), ds, keep, o.keep_scale, scratch)
+        for dy, weight in zip(dys[1:], weights[1:], strict=True):
+            grads.x.addmm_(dy, weight)
     return grads
 
 

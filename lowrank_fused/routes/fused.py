@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ from lowrank_fused.kernels.shrink import shrink
 from lowrank_fused.kernels.x_factors import factor_grad, x_factors
 
 from .cores import core_forward, core_grad, core_input_grad
-from .problem import Grads, Options, Saved
+from .problem import Grads, GroupGrads, GroupOptions, Options, Saved
 
 __all__ = ["SPLIT", "THIN"]
 
@@ -89,6 +90,80 @@ class KernelRoute:
                 dx0 = expand(ds, a.t(), mask=saved.mask, dropout_p=o.dropout_p)
             grads.x = dx0 if weight is None else dx0.addmm_(dy, weight)
         return grads
+
+    def group_forward(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        a: Tensor,
+        b: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        drop: Tensor | None,
+        o: GroupOptions,
+    ) -> tuple[list[Tensor], Saved]:
+        """Every y, from one pass over x for all A's."""
+        s, v, mask = shrink(x, a, scale=o.scale, dropout_p=o.dropout_p, seed=drop, keep_s=any(o.wants_b))
+        ys = []
+        for weight, b_i, bias, ranks in zip(weights, b, biases, o.ranks, strict=True):
+            if self.carries:
+                ys.append(lowrank_forward(x, weight, v[:, ranks], b_i, bias=bias))
+            else:
+                ys.append(expand(v[:, ranks], b_i, bias=bias).addmm_(x, weight.t()))
+        return ys, Saved(s if any(o.wants_b) else None, mask if o.keeps_mask else None)
+
+    def group_backward(
+        self,
+        dys: Sequence[Tensor],
+        x: Tensor | None,
+        weights: Sequence[Tensor],
+        a: Tensor,
+        b: Sequence[Tensor],
+        saved: Saved,
+        o: GroupOptions,
+    ) -> GroupGrads:
+        """One pass over each dy, one over x for every dA; dx chained through one tensor.
+
+        The library adds the products with the weights. Only the last of them, of the smallest weight, runs in Triton
+        where that carries the low-rank term.
+        """
+        grads = GroupGrads(
+            None, None, [None] * len(dys), [dy.sum(0) if w else None for dy, w in zip(dys, o.wants_bias, strict=True)]
+        )
+        wants_a = any(o.wants_a)
+        if not (o.wants_x or wants_a or any(o.wants_b)):
+            return grads
+        ds = torch.empty(dys[0].shape[0], a.shape[0], dtype=dys[0].dtype, device=a.device)
+        for i, ranks in enumerate(o.ranks):
+            grads.b[i] = _dy_side_of(dys[i], b[i], saved.s, ranks, ds, o.scale, o.wants_b[i])
+        dx = None
+        if wants_a and x is not None:
+            wants_dx0 = o.wants_x and not self.carries
+            grads.a, dx = x_factors(x, ds, a, mask=saved.mask, dropout_p=o.dropout_p, want_dx0=wants_dx0)
+        if not o.wants_x:
+            return grads
+        pairs = sorted(zip(dys, weights, strict=True), key=lambda pair: -pair[1].numel())
+        if not self.carries:
+            dx = expand(ds, a.t(), mask=saved.mask, dropout_p=o.dropout_p) if dx is None else dx
+            for dy, weight in pairs:
+                dx.addmm_(dy, weight)
+            grads.x = dx
+            return grads
+        *others, (dy, weight) = pairs
+        for other, its_weight in others:
+            dx = other @ its_weight if dx is None else dx.addmm_(other, its_weight)
+        grads.x = grad_input(dy, weight, ds, a, mask=saved.mask, dropout_p=o.dropout_p, add=dx)
+        return grads
+
+
+def _dy_side_of(
+    dy: Tensor, b: Tensor, s: Tensor | None, ranks: slice, ds: Tensor, scale: float, wants_b: bool
+) -> Tensor | None:
+    """dB of one linear of a group, its ds written into its columns; one pass over dy where the rank allows."""
+    s = None if s is None else s[:, ranks]
+    if not wants_b or b.shape[1] <= one_pass_max_rank(dy.dtype, arch_of(dy)):
+        return dy_factors(dy, b, s if wants_b else None, scale=scale, want_db=wants_b, out=ds[:, ranks])[1]
+    ds[:, ranks] = shrink(dy, b.t(), scale=scale, keep_s=False)[1]
+    return None if s is None else factor_grad(dy, s.contiguous(), scale=scale, dtype=b.dtype).t()
 
 
 def _shrunk(x: Tensor, a: Tensor, core: Tensor | None, drop: Tensor | None, o: Options) -> tuple[Tensor, Saved]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-__all__ = ["Grads", "Options", "Route", "Saved"]
+__all__ = ["Grads", "GroupGrads", "GroupOptions", "GroupRoute", "Options", "Route", "Saved"]
 
 
 class Options(NamedTuple):
@@ -48,6 +49,28 @@ class Options(NamedTuple):
         return self.wants_a or self.wants_x
 
 
+class GroupOptions(NamedTuple):
+    """The same for linears that share x; `ranks` are the columns of s that belong to each."""
+
+    scale: float
+    dropout_p: float
+    ranks: tuple[slice, ...]
+    wants_x: bool
+    wants_a: tuple[bool, ...]
+    wants_b: tuple[bool, ...]
+    wants_bias: tuple[bool, ...]
+
+    @property
+    def keep_scale(self) -> float:
+        """What an element that dropout keeps is multiplied by."""
+        return 1.0 / (1.0 - self.dropout_p)
+
+    @property
+    def keeps_mask(self) -> bool:
+        """Bits are needed again for dA and dx."""
+        return bool(self.dropout_p) and (self.wants_x or any(self.wants_a))
+
+
 class Saved(NamedTuple):
     """What a forward pass computed and its backward needs: s [M, Ra] and the packed mask [M, ⌈K / 8⌉]."""
 
@@ -64,6 +87,16 @@ class Grads:
     b: Tensor | None = None
     core: Tensor | None = None
     bias: Tensor | None = None
+
+
+@dataclass
+class GroupGrads:
+    """Gradients of linears that share x: one for x, one for the A's in one [ΣR, K], one each for the others."""
+
+    x: Tensor | None
+    a: Tensor | None
+    b: list[Tensor | None]
+    bias: list[Tensor | None]
 
 
 class Route(Protocol):
@@ -109,3 +142,31 @@ class Route(Protocol):
 
         Without a weight dx is that of the low-rank part alone.
         """
+
+
+class GroupRoute(Protocol):
+    """Forward and backward of several linears on one x [M, K]; `a` is [ΣR, K], everything else one for each."""
+
+    def group_forward(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        a: Tensor,
+        b: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        drop: Tensor | None,
+        o: GroupOptions,
+    ) -> tuple[list[Tensor], Saved]:
+        """Every y [M, N], and what backward needs: s [M, ΣR] and one mask."""
+
+    def group_backward(
+        self,
+        dys: Sequence[Tensor],
+        x: Tensor | None,
+        weights: Sequence[Tensor],
+        a: Tensor,
+        b: Sequence[Tensor],
+        saved: Saved,
+        o: GroupOptions,
+    ) -> GroupGrads:
+        """The gradients that `o` asks for."""

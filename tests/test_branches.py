@@ -1,0 +1,172 @@
+"""Linears that share one x: against separate layers, every route, dtype, subset of gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lowrank_fused as lf
+from lowrank_fused.dropout import draw_keep
+from lowrank_fused.branches import Branch, lowrank_group
+from lowrank_fused.linear import lowrank_linear_ref
+from lowrank_fused.routes import GROUP_ROUTES, unavailable
+
+SIZES = ((24, 3), (8, 5), (16, 3))  # out_features and rank of each
+K, SCALE = 40, 0.7
+
+
+def routes() -> list:
+    def why(route: str) -> str | None:
+        return unavailable(route, torch.device("cpu"), torch.float32)
+
+    return [pytest.param(r, marks=pytest.mark.skipif(why(r) is not None, reason=str(why(r)))) for r in GROUP_ROUTES]
+
+
+def branches(dtype: torch.dtype, factors: torch.dtype | None = None) -> list[Branch]:
+    torch.manual_seed(1)
+
+    def leaf(*shape: int, of: torch.dtype = factors or dtype) -> torch.Tensor:
+        return (torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5).to(of).requires_grad_()
+
+    weights = [torch.randn(n, K, dtype=torch.float64).div(K**0.5).to(dtype) for n, _ in SIZES]
+    pairs = zip(weights, SIZES, strict=True)
+    return [Branch(w, leaf(r, K), leaf(n, r), leaf(n, of=dtype)) for w, (n, r) in pairs]
+
+
+def leaves(x: torch.Tensor, group: list[Branch]) -> list[torch.Tensor]:
+    found = [x, *(t for b in group for t in (b.a, b.b, b.bias) if t is not None)]
+    return [t for t in found if t.requires_grad]
+
+
+def grown(group: list[Branch]) -> list[Branch]:
+    """The same values in float64."""
+
+    def wide(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else t.detach().double().requires_grad_(t.requires_grad)
+
+    return [Branch(wide(b.weight), wide(b.a), wide(b.b), wide(b.bias)) for b in group]
+
+
+def run(forward, x, group, dys, **settings):
+    ys = forward(x, group, **settings)
+    return [*ys, *torch.autograd.grad(ys, leaves(x, group), dys, allow_unused=True)]
+
+
+def separately(x, group, dropout_p=0.0, keep=None, scale=SCALE):
+    return [
+        lowrank_linear_ref(x, b.weight, b.a, b.b, scale=scale, bias=b.bias, dropout_p=dropout_p, keep=keep)
+        for b in group
+    ]
+
+
+def inputs(dtype: torch.dtype, *shape: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(2)
+    x = torch.randn(*shape, K, dtype=torch.float64).to(dtype).requires_grad_()
+    return x, [torch.randn(*shape, n, dtype=torch.float64).to(dtype) for n, _ in SIZES]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(37,), (3, 5, 2), (0,)], ids=str)
+def test_float64_equals_separate_layers(shape, p):
+    x, dys = inputs(torch.float64, *shape)
+    group = branches(torch.float64)
+    seed = torch.tensor([5])
+    m = x.numel() // K
+    keep = draw_keep(seed, m, K, p)[:, :K].view(x.shape) if p else None
+    ours = run(lowrank_group, x, group, dys, scale=SCALE, dropout_p=p, seed=seed)
+    expected = run(separately, x, group, dys, dropout_p=p, keep=keep)
+    for found, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("route", routes())
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("dtype", "factors"),
+    [(torch.float32, None), (torch.float16, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)],
+    ids=["fp32", "fp16", "bf16", "bf16 beside fp32"],
+)
+def test_every_route_is_as_accurate_as_separate_layers_in_pytorch(route, p, dtype, factors):
+    x, dys = inputs(dtype, 50)
+    group, seed = branches(dtype, factors), torch.tensor([5])
+    keep = draw_keep(seed, 50, K, p)[:, :K] if p else None
+    ours = run(lowrank_group, x, group, dys, scale=SCALE, dropout_p=p, seed=seed, route=route)
+    torchs = run(separately, x, group, dys, dropout_p=p, keep=keep)
+    wide, exact_x = grown(group), x.detach().double().requires_grad_()
+    exact = run(separately, exact_x, wide, [dy.double() for dy in dys], dropout_p=p, keep=keep)
+    for found, plain, wanted in zip(ours, torchs, exact, strict=True):
+        assert found.dtype == plain.dtype
+        size = wanted.abs().max()
+        floor = 4 * torch.finfo(dtype).eps * size
+        assert (found.double() - wanted).abs().max() <= 2 * (plain.double() - wanted).abs().max() + floor
+
+
+@pytest.mark.parametrize("route", routes())
+@pytest.mark.parametrize("frozen", ["x", "a", "b", "bias", "x a", "x b bias", "first a", "a b bias"])
+def test_only_what_is_asked_for_is_computed_and_kept(route, frozen):
+    x, dys = inputs(torch.float32, 20)
+    group, words = branches(torch.float32), frozen.split()
+    if "x" in words:
+        x.requires_grad_(False)
+    for i, branch in enumerate(group):
+        for name in ("a", "b", "bias"):
+            if name in words and ("first" not in words or i == 0):
+                getattr(branch, name).requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ours = run(lowrank_group, x, group, dys, scale=SCALE, route=route)
+    expected = run(separately, x, group, dys)
+    for found, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    owned = {t.data_ptr() for b in group for t in (b.weight, b.a, b.b)}
+    of_tokens = [t for t in kept if t.data_ptr() not in owned and t.dim() == 2]
+    needs_x = any(b.a.requires_grad for b in group)
+    assert sum(t.shape[1] == K for t in of_tokens) == needs_x
+    assert sum(t.shape[1] == sum(r for _, r in SIZES) for t in of_tokens) == any(b.b.requires_grad for b in group)
+
+
+@pytest.mark.parametrize("route", routes())
+def test_a_result_that_the_loss_ignores_gets_no_gradient(route):
+    x, dys = inputs(torch.float32, 6, 2)
+    group = branches(torch.float32)
+    ys = lowrank_group(x, group, scale=SCALE, route=route)
+    found = torch.autograd.grad([ys[0], ys[2]], leaves(x, group), [dys[0], dys[2]], allow_unused=True)
+    wanted = torch.autograd.grad(separately(x, group)[::2], leaves(x, group), dys[::2], allow_unused=True)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_one_mask_is_kept_and_x_by_reference():
+    x, _ = inputs(torch.float32, 18)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lowrank_group(x, branches(torch.float32), dropout_p=0.5, seed=torch.tensor([1]))
+    assert [t.shape for t in kept if t.dtype == torch.uint8] == [(18, 5)]
+    assert [t.data_ptr() for t in kept if t.shape == x.shape] == [x.data_ptr()]
+
+
+def test_under_autocast_the_factors_are_rounded_once():
+    x, dys = inputs(torch.float32, 12)
+    group = branches(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ys = lowrank_group(x, group, scale=SCALE)
+        separate = [lf.lowrank_linear(x, b.weight, b.a, b.b, scale=SCALE, bias=b.bias) for b in group]
+    for y, one in zip(ys, separate, strict=True):
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y, one, rtol=0.02, atol=0.02)
+    grads = torch.autograd.grad(ys, leaves(x, group), [dy.bfloat16() for dy in dys])
+    assert {g.dtype for g in grads} == {torch.float32}
+
+
+def test_bad_input_is_told():
+    x, _ = inputs(torch.float32, 4)
+    group = branches(torch.float32)
+    with pytest.raises(ValueError, match="serves single linears"):
+        lowrank_group(x, group, route="precise")
+    with pytest.raises(ValueError, match="must end in in_features"):
+        lowrank_group(x[:, :7], group)
+    with pytest.raises(TypeError, match="share one dtype"):
+        lowrank_group(x, [group[0], Branch(group[1].weight, group[1].a.double(), group[1].b)])
+    group[0].weight.requires_grad_()
+    with pytest.raises(ValueError, match="must be frozen"):
+        lowrank_group(x, group)
