@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .add import lowrank_add
+from .branches import Branch, lowrank_group
 from .checkpoint import load_adapter, save_adapter
 from .config import AdapterConfig
 from .errors import (
@@ -15,6 +16,7 @@ from .errors import (
     SingularPivotError,
     UnsupportedError,
 )
+from .grouping import group, ungroup
 from .inject import disable, inject, merge, remove, unmerge
 from .layers import LowRankLinear
 from .linear import lowrank_linear, lowrank_linear_ref
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AccelerateCallback",
     "AdapterConfig",
+    "Branch",
     "CheckpointError",
     "Gate",
     "LaunchError",
@@ -53,11 +56,13 @@ __all__ = [
     "accelerated",
     "disable",
     "explain",
+    "group",
     "hold_gradients",
     "initialize_eva",
     "inject",
     "load_adapter",
     "lowrank_add",
+    "lowrank_group",
     "lowrank_linear",
     "lowrank_linear_ref",
     "merge",
@@ -66,5 +71,6 @@ __all__ = [
     "restore",
     "save_adapter",
     "trainable_parameters",
+    "ungroup",
     "unmerge",
 ]

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .operands import check_dtypes, check_factors, guarded, mask_source, rows_of
-from .routes import choose_for_group, group_implementation
+from .routes import MAX_THIN_RANK, choose_for_group, group_implementation
 from .routes.problem import GroupGrads, GroupOptions, Saved
 
-__all__ = ["Branch", "lowrank_group"]
+__all__ = ["Branch", "lowrank_group", "why_not_one_pass"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,12 @@ def _all_rows(given: Sequence[Tensor | None], like: Tensor, weights: Sequence[Te
 def _fourths(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
     count = len(tensors) // 4
     return tuple(tensors[i * count : (i + 1) * count] for i in range(4))
+
+
+def why_not_one_pass(x: Tensor, branches: Sequence[Branch]) -> str | None:
+    """Why these had better be computed one by one, in words."""
+    ranks = sum(branch.a.shape[0] for branch in branches)
+    return f"ranks add up to more than {MAX_THIN_RANK}" if x.is_cuda and ranks > MAX_THIN_RANK else None
 
 
 def lowrank_group(

@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from . import methods
 from .adaptable import as_matrix, is_conv1d, parameters_of, why_not_adaptable
+from .branches import Branch
 from .config import AdapterConfig
 from .errors import UnsupportedError
 from .factors.generated import Generated
+from .grouping import GROUP, Call
 from .linear import lowrank_linear
 from .merging import merged_weight
 from .methods import Site, Start
@@ -182,6 +184,9 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> y [..., out]; the plain linear layer when merged or disabled."""
+        group = self.__dict__.get(GROUP)
+        if group is not None and (y := group.output(self, x)) is not None:
+            return y
         if self.merged or not (self.enabled or self.residual):
             return F.linear(x, self.matrix, self.bias)
         terms = self.method.terms(self, self.matrix, x) if self.enabled else self._taken_out(self.matrix, x)
@@ -197,6 +202,18 @@ class LowRankLinear(nn.Module):
             bias=self.bias,
             dropout_p=self.dropout_p if self.training and self.enabled else 0.0,
         )
+
+    def as_branch(self, x: Tensor) -> Call | str:
+        """What forward(x) computes, as a part of a group of layers with this x."""
+        if self.merged or not self.enabled:
+            return "merged or disabled"
+        if x.dim() < 2 or x.shape[-1] != self.in_features:
+            return "input is no matrix, or one of another width"
+        t = self.method.terms(self, self.matrix, x)
+        if t.core is not None or t.out is not None or t.col is not None:
+            return f"{self.method.name} has more than two factors"
+        branch = Branch(self.matrix, t.a, t.b, self.bias)
+        return Call(branch, t.scale, self.dropout_p if self.training else 0.0, "auto")
 
     def _at_start(self, weight: Tensor) -> Values:
         """What `terms` reads, with the starting values in the place of the trained ones (residual layers)."""

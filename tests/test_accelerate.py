@@ -18,6 +18,7 @@ from torch import nn
 
 import lowrank_fused as lf
 from lowrank_fused.errors import LaunchError, NotAcceleratedError
+from lowrank_fused.grouping import GROUP
 from lowrank_fused.peft import layers as peft_layers
 from lowrank_fused.peft import swap
 from lowrank_fused.peft.layers import STATE, Accelerated
@@ -75,14 +76,14 @@ def test_restore_is_exact():
     assert lf.restore(model) is model and photograph(model) == before
 
 
-def test_only_classes_change_and_one_attribute():
+def test_only_classes_change_and_two_attributes():
     model = wearing()
     before = photograph(model)
     lf.accelerate(model)
     for (this, cls, attributes, parameters), (that, old, had, held) in zip(photograph(model), before, strict=True):
         assert this == that and parameters == held
         assert cls is old or (issubclass(cls, old) and cls.__mro__[1:3] == (Accelerated, old))
-        assert attributes.keys() - had.keys() <= {STATE} and {n: attributes[n] for n in had} == had
+        assert attributes.keys() - had.keys() <= {STATE, GROUP} and {n: attributes[n] for n in had} == had
 
 
 def test_a_second_call_is_harmless_and_changes_the_settings():

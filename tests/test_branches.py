@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import lowrank_fused as lf
-from lowrank_fused.dropout import draw_keep
 from lowrank_fused.branches import Branch, lowrank_group
+from lowrank_fused.dropout import draw_keep
 from lowrank_fused.linear import lowrank_linear_ref
 from lowrank_fused.routes import GROUP_ROUTES, unavailable
 
@@ -170,3 +170,23 @@ def test_bad_input_is_told():
     group[0].weight.requires_grad_()
     with pytest.raises(ValueError, match="must be frozen"):
         lowrank_group(x, group)
+
+
+@pytest.mark.parametrize(("route", "forward", "backward"), [("split", 4, 5), ("thin", 4, 4)])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_launches(route, forward, backward, p):
+    """q, k and v: one launch and one for each forward; one for each, one, and one for each backward, the library's
+    three (thin) or two (split) of each way counted apart.
+    """
+    record = pytest.importorskip("lowrank_fused.kernels.launch").record
+    if why := unavailable(route, torch.device("cpu"), torch.float32):
+        pytest.skip(why)
+    x, dys = inputs(torch.float32, 6)
+    group = branches(torch.float32)
+    with record() as ahead:
+        ys = lowrank_group(x, group, scale=SCALE, dropout_p=p, route=route)
+    with record() as behind:
+        torch.autograd.grad(ys, leaves(x, group), dys)
+    assert (len(ahead), len(behind)) == (forward, backward)
+    assert sum(launch.name.startswith("shrink") for launch in ahead) == 1
+    assert sum(launch.name.startswith("x_factors") for launch in behind) == 1

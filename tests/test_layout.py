@@ -26,7 +26,7 @@ GROUPS = {
     "ground": {"dropout", "errors", "library", "peft_format", "registry", "target", "terms"},
     "kernels": {"kernels"},
     "routes": {"routes"},
-    "engine": {"add", "linear", "operands", "ops"},
+    "engine": {"add", "branches", "linear", "operands", "ops"},
     "initializers": {"initializers"},
     "factors": {"factors"},
     "methods": {"methods"},
@@ -200,6 +200,7 @@ def test_public_names_are_these():
     assert sorted(lowrank_fused.__all__) == [
         "AccelerateCallback",
         "AdapterConfig",
+        "Branch",
         "CheckpointError",
         "Gate",
         "LaunchError",
@@ -214,11 +215,13 @@ def test_public_names_are_these():
         "accelerated",
         "disable",
         "explain",
+        "group",
         "hold_gradients",
         "initialize_eva",
         "inject",
         "load_adapter",
         "lowrank_add",
+        "lowrank_group",
         "lowrank_linear",
         "lowrank_linear_ref",
         "merge",
@@ -227,6 +230,7 @@ def test_public_names_are_these():
         "restore",
         "save_adapter",
         "trainable_parameters",
+        "ungroup",
         "unmerge",
     ]
     undocumented = [name for name in lowrank_fused.__all__ if not getattr(lowrank_fused, name).__doc__]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["Generated"]
+__all__ = ["Generated", "Steps"]
 
 
-class _Steps:
+class Steps:
     """How many steps all optimisers have taken: some write parameters behind the back of PyTorch's version counter."""
 
     taken = 0
@@ -118,8 +118,8 @@ class Generated:
         if _must_not_remember(sources):
             with torch.autocast(sources[0].device.type, enabled=False):
                 return self.function(*sources)
-        _Steps.watch()
-        key = tuple((s._version, s.data_ptr(), s.requires_grad, s.dtype) for s in sources) + (_Steps.taken,)
+        Steps.watch()
+        key = tuple((s._version, s.data_ptr(), s.requires_grad, s.dtype) for s in sources) + (Steps.taken,)
         same = len(sources) == len(self._sources) and all(a is b for a, b in zip(sources, self._sources, strict=True))
         if not same or key != self._key:
             if self._graph is not None and self._graph.held:

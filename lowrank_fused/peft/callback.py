@@ -20,14 +20,16 @@ class AccelerateCallback(TrainerCallback):
 
     Args:
         restore_at_end: give the layers their PEFT classes back when training ends; not if an exception ends it.
-        strict, settings: those of `accelerate`.
+        strict, groups, settings: those of `accelerate`.
 
     Raises what `accelerate` does: for settings that do not exist at once, for the model when training begins.
     """
 
-    def __init__(self, *, restore_at_end: bool = False, strict: bool = False, **settings: Any) -> None:
+    def __init__(
+        self, *, restore_at_end: bool = False, strict: bool = False, groups: bool = True, **settings: Any
+    ) -> None:
         checked_settings(**settings)
-        self.settings, self.restore_at_end = {"strict": strict, **settings}, restore_at_end
+        self.settings, self.restore_at_end = {"strict": strict, "groups": groups, **settings}, restore_at_end
         self.report: Report | None = None
 
     def on_train_begin(

@@ -18,10 +18,13 @@ from torch.nn import functional as F
 
 from ..adaptable import is_conv1d
 from ..add import lowrank_add
+from ..branches import Branch
+from ..grouping import GROUP, Call
 from ..linear import lowrank_linear
+from ..routes import GROUP_ROUTES
 from ..terms import Terms
 from .readers import Base, Part, Reader, child_of, layer_classes, weight_of
-from .state import State
+from .state import Settings, State
 
 __all__ = ["STATE", "accelerated_class", "accelerated_classes", "adapter_path", "base_is_ours", "state_of"]
 
@@ -45,8 +48,12 @@ class Accelerated:
         """What PEFT's forward returns, from one read of x where the adapter allows it."""
         if not isinstance(self, Accelerated):  # restored, but device hooks kept this bound method from before
             return type(self).forward(self, x, *args, **kwargs)
-        active: list[str] = []
         compiling = torch.compiler.is_compiling()
+        group = None if compiling else self.__dict__.get(GROUP)
+        if group is not None and not args and not kwargs and (y := group.output(self, x)) is not None:
+            self.__dict__[STATE].calls["fused", f"one pass over x: {', '.join(group.together)}"] += 1
+            return y
+        active: list[str] = []
         reason = _why_not(self, x, args, kwargs, active, compiling)
         base = _base_of(self, x) if reason is None else None
         if reason is None and base is None:
@@ -57,6 +64,21 @@ class Accelerated:
         if reason:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         return _fused(self, x, active, base, compiling)
+
+    def as_branch(self, x: Tensor) -> Call | str:
+        """What forward(x) computes, as a part of a group of layers with this x."""
+        active: list[str] = []
+        if reason := _why_not(self, x, (), {}, active, False):
+            return reason
+        base = _base_of(self, x)
+        if base is None:
+            return "the base layer computes by itself"
+        state = self.__dict__[STATE]
+        reader, settings, training = self.reader, state.settings, self.training  # type: ignore[attr-defined]
+        parts = [reader.read(self, name, base, partial(state.remember, name, training)) for name in active]
+        if len(parts) > 1 and len(parts := _stacked(parts)) > 1:
+            return "several adapters, not all of them two factors without dropout"
+        return _as_call(self, x, base, parts[0], settings)
 
     def _get_name(self) -> str:
         """PEFT's name in a printed model, from which PEFT tells the type of a layer."""
@@ -77,6 +99,26 @@ class Accelerated:
         """Together with what is remembered of it."""
         state_of(self).generated.pop(adapter_name, None)
         super().delete_adapter(adapter_name)  # type: ignore[misc]
+
+
+def _as_call(layer: Any, x: Tensor, base: Base, part: Part, settings: Settings) -> Call | str:
+    """A layer's only part beside its base product, where that is two factors and no more."""
+    t, drop = part.terms, _dropout(part, x, "fused")
+    if t.core is not None or t.out is not None or t.col is not None or isinstance(t.scale, Tensor):
+        return "more than two factors and a number"
+    if settings.route not in ("auto", *GROUP_ROUTES):
+        return f"route {settings.route}"
+    if drop and settings.dropout == "torch":
+        return "PyTorch's own masks, one for each layer"
+    if torch.is_autocast_enabled(x.device.type):
+        if layer.reader.returns_dtype_of_input:
+            return "returns the dtype of x under autocast"
+    elif settings.precision == "match" and t.a.dtype != x.dtype:
+        return "factors in fp32 beside x in 16 bits, which are not to be rounded"
+    bias = child_of(layer, "base_layer").bias
+    if part.bias is not None:
+        bias = part.bias if bias is None else bias + part.bias
+    return Call(Branch(base.matrix, t.a, t.b, bias), t.scale, drop.get("dropout_p", 0.0), settings.route)
 
 
 def state_of(layer: Any) -> State:

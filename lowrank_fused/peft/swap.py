@@ -15,6 +15,7 @@ from torch import nn
 
 from ..adaptable import is_conv1d
 from ..errors import NotAcceleratedError, UnsupportedError
+from ..grouping import GROUP, group, group_of, ungroup
 from ..registry import did_you_mean
 from ..routes import ROUTES
 from . import readers
@@ -37,6 +38,7 @@ def accelerate(
     route: str = "auto",
     precision: str = "match",
     dropout: str = "fused",
+    groups: bool = True,
 ) -> Report:
     """Let a model's PEFT layers compute their adapters by our engine, in place; the numbers stay PEFT's.
 
@@ -61,6 +63,8 @@ def accelerate(
             fp32 as PEFT does, "fast" in 16 bits.
         dropout: "fused" draws masks from torch's generator by our own counter: same rate, other bits. "torch" drops
             exactly the elements that PEFT would have, at the price of drawing them.
+        groups: let layers that are called with the same x (q, k, v; gate, up) share one pass over it, and with
+            dropout "fused" one mask; see `group`.
 
     Raises:
         ValueError: unknown methods, routes or settings, or a model without PEFT layers.
@@ -79,6 +83,7 @@ def accelerate(
         for path, layer in layers.items():
             if id(layer) not in unread:
                 _swap(layer, path, settings)
+        group(model) if groups else ungroup(model)
         report = _report(model, layers, settings)
         if strict and report.of_path("original"):
             left = "; ".join(
@@ -138,16 +143,20 @@ def _unread(model: nn.Module) -> set[int]:
 
 def _undo(layers: Iterable[nn.Module]) -> Callable[[], None]:
     """A function that gives these layers back what they have now: their classes, and settings if accelerated."""
-    states = [(layer, type(layer), layer.__dict__.get(STATE)) for layer in layers]
-    kept = [(layer, cls, state, state and state.settings) for layer, cls, state in states]
+    states = [(layer, type(layer), layer.__dict__.get(STATE), group_of(layer)) for layer in layers]
+    kept = [(layer, cls, state, state and state.settings, found) for layer, cls, state, found in states]
 
     def undo() -> None:
-        for layer, cls, state, settings in kept:
+        for layer, cls, state, settings, found in kept:
             layer.__class__ = cls
             if state is None:
                 layer.__dict__.pop(STATE, None)
             else:
                 layer.__dict__[STATE], state.settings = state, settings
+            if found is None:
+                layer.__dict__.pop(GROUP, None)
+            else:
+                layer.__dict__[GROUP] = found
 
     return undo
 
@@ -169,6 +178,7 @@ def restore(model: nn.Module) -> nn.Module:
     for layer in layers:
         layer.__class__ = _peft_class(layer)
         layer.__dict__.pop(STATE, None)
+        layer.__dict__.pop(GROUP, None)
     return model
 
 

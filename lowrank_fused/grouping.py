@@ -1,0 +1,281 @@
+"""Layers that are called with the same x share one pass over it: `group(model)`, `ungroup(model)`.
+
+Attention calls q, k and v one after the other with one x, a gated MLP gate and up. The first of them to be called
+computes all (`lowrank_group`); the others find their results waiting. No source text is rewritten and no module
+replaced, so hooks, names and parameters stay, and every model class works whose forward calls its projections.
+
+Who may belong together is told by the names of children of one parent. Whether they really are called with the same
+tensor is watched in their first calls, so layers of cross-attention or of an unknown block stay by themselves. What
+was seen applies between two steps of an optimiser: checkpointing must find a recomputed block to be what it was.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .branches import Branch, lowrank_group, why_not_one_pass
+from .factors.generated import Steps
+
+__all__ = ["GROUP", "Call", "Group", "GroupReport", "group", "group_of", "ungroup"]
+
+# The attribute of a layer that holds its group; no state_dict sees it.
+GROUP = "_lowrank_group"
+
+# Names under which models call projections of one tensor.
+NAMES: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("linear_q", "linear_k", "linear_v"),
+    ("to_q", "to_k", "to_v"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+
+# Results that nobody fetched before a group is taken apart, beyond a quarter of those that were.
+_PATIENCE = 4
+
+
+@dataclass(frozen=True)
+class Call:
+    """One layer's part of a call, as the engine takes it; what has to agree within a group, and what each has."""
+
+    branch: Branch
+    scale: float
+    dropout_p: float
+    route: str
+
+    @property
+    def shared(self) -> tuple[Any, ...]:
+        """What one pass over x can only have one of."""
+        return (self.scale, self.dropout_p, self.route, self.branch.a.dtype, self.branch.weight.device)
+
+
+class Member(Protocol):
+    """A layer that can be in a group."""
+
+    in_features: int
+
+    def as_branch(self, x: Tensor) -> Call | str:
+        """What a call with this x computes; why it can't be shared, in words."""
+
+
+@dataclass
+class _Waiting:
+    """Results for calls to come: with this x as it is, in this mode."""
+
+    x: weakref.ref[Tensor]
+    version: int | None
+    mode: tuple[Any, ...]
+    ys: dict[int, Tensor]
+
+    def take(self, position: int, x: Tensor) -> Tensor | None:
+        """The result of that member, once, if its call is the one that was foreseen."""
+        if self.x() is not x or self.version != _version(x) or self.mode != _mode(x):
+            return None
+        return self.ys.pop(position, None)
+
+
+class Group:
+    """Layers below one parent, and what is known of their calls. Copies and pickles of a layer are in no group."""
+
+    def __init__(self, names: Sequence[str], members: Sequence[nn.Module], path: str) -> None:
+        self.names, self.path = tuple(names), path
+        self.members = tuple(weakref.ref(member) for member in members)
+        self.positions = {id(member): i for i, member in enumerate(members)}
+        self.calls: Counter[str] = Counter()  # reason -> calls by themselves
+        self.shared = self.wasted = 0
+        self._seen: dict[int, weakref.ref[Tensor]] = {}
+        self._waiting: _Waiting | None = None
+        self._together: tuple[int, ...] | None = None  # unknown before the first calls
+        self._next: tuple[int, ...] | None = None  # what was found out, from the next step on
+        self._step_with_graph = -1  # steps that had been taken at the last call in grad mode
+        Steps.watch()
+
+    @property
+    def together(self) -> tuple[str, ...]:
+        """Names of those that are called with the same x; none before the first calls."""
+        return tuple(self.names[i] for i in self._together or ())
+
+    def state(self) -> str:
+        """For a report."""
+        if self._together is None:
+            return "not called yet" if self._next is None else "from the next optimiser step on"
+        return f"share x: {', '.join(self.together)}" if self._together else "called with different inputs"
+
+    def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """What the layer's forward(x) returns, if it was or can be computed together with the others'."""
+        position = self.positions.get(id(layer))
+        if position is None or self.members[position]() is not layer or _is_traced(x):
+            return None
+        if self._waiting is not None and (y := self._waiting.take(position, x)) is not None:
+            if not self._waiting.ys:
+                self._waiting = None
+            return y
+        self._settle()
+        if self._together is None:
+            self._watch(position, x)
+            return None
+        return self._compute(position, x) if position in self._together else None
+
+    def _settle(self) -> None:
+        """Let what was found out apply, if no graph can be around that was made without it."""
+        if self._next is not None and self._step_with_graph < Steps.taken:
+            self._together, self._next = self._next, None
+        if torch.is_grad_enabled():
+            self._step_with_graph = Steps.taken
+
+    def _watch(self, position: int, x: Tensor) -> None:
+        """Note who is called with what; after every member was called, the largest set with one x is known."""
+        if position in self._seen:
+            self._seen.clear()
+        self._seen[position] = weakref.ref(x)
+        if len(self._seen) == len(self.members):
+            inputs = {i: ref() for i, ref in self._seen.items()}
+            sets = [tuple(i for i in inputs if inputs[i] is x) for x in inputs.values() if x is not None]
+            largest = max(sets, key=len, default=())
+            self._next = largest if len(largest) > 1 else ()
+            self._seen.clear()
+            self._settle()
+
+    def _compute(self, position: int, x: Tensor) -> Tensor | None:
+        """Results of all, the others' left waiting."""
+        if self._waiting is not None:
+            self._waiting = None
+            self.wasted += 1
+            if self.wasted > _PATIENCE + self.shared // 4:
+                self._next = ()
+        assert self._together is not None
+        calls: dict[int, Call] = {}
+        for i in self._together:
+            found = _call_of(self.members[i](), x)
+            if isinstance(found, str):
+                self.calls[found] += 1
+                return None
+            calls[i] = found
+        one = calls[position]
+        if reason := _why_apart(list(calls.values()), x):
+            self.calls[reason] += 1
+            return None
+        ys = lowrank_group(
+            x, [call.branch for call in calls.values()], scale=one.scale, dropout_p=one.dropout_p, route=one.route,
+            label=f"{self.path}.{'+'.join(self.together)}",
+        )  # fmt: skip
+        self.shared += 1
+        waiting = dict(zip(calls, ys, strict=True))
+        y = waiting.pop(position)
+        self._waiting = _Waiting(weakref.ref(x), _version(x), _mode(x), waiting)
+        return y
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def _call_of(member: Any, x: Tensor) -> Call | str:
+    return "a layer is gone" if member is None else member.as_branch(x)
+
+
+def _why_apart(calls: list[Call], x: Tensor) -> str | None:
+    if len({call.shared for call in calls}) > 1:
+        return "scale, dropout, route, dtype or device differ"
+    return why_not_one_pass(x, [call.branch for call in calls])
+
+
+def _mode(x: Tensor) -> tuple[Any, ...]:
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+
+
+def _version(x: Tensor) -> int | None:
+    """How often x was written to; nobody counts for a tensor made in inference mode."""
+    return None if x.is_inference() else x._version
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Compilers and dispatch modes are to see the layers one by one."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return torch._C._are_functorch_transforms_active() or x.is_meta or type(x) not in (Tensor, nn.Parameter)
+
+
+def group_of(layer: nn.Module) -> Group | None:
+    """The group that a layer is in."""
+    return layer.__dict__.get(GROUP)
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """Groups of a model: (class of the parent, names, how many, what is known of their calls); printable."""
+
+    rows: tuple[tuple[str, str, int, str], ...]
+
+    @property
+    def groups(self) -> int:
+        """How many groups there are."""
+        return sum(row[2] for row in self.rows)
+
+    def __str__(self) -> str:
+        lines = [f"{count:>5,} x {parent} ({names}): {state}" for parent, names, count, state in self.rows]
+        return "\n".join(lines) or "no layers that could share their input"
+
+
+def group(model: nn.Module) -> GroupReport:
+    """Let adapted layers that are called with the same x share one pass over it, where a model has such.
+
+        lf.group(model)         # after inject; `accelerate` does it by itself
+        lf.ungroup(model)       # as before
+
+    For layers of ours and accelerated PEFT layers below one parent whose names say that they may belong together
+    (q_proj, k_proj, v_proj; gate_proj, up_proj; …). Results are those of the single layers up to the order of sums,
+    with one difference: a group draws one dropout mask for all its layers, where single layers draw one each.
+    Compiled graphs keep the layers single. Call it again to see in the report what the calls showed; layers that
+    were added since are taken in.
+    """
+    for parent, path in _parents(model):
+        for names in NAMES:
+            children = {name: parent._modules.get(name) for name in names}
+            members = {name: m for name, m in children.items() if m is not None and hasattr(m, "as_branch")}
+            if len(members) < 2 or len({m.in_features for m in members.values()}) != 1:
+                continue
+            known = {group_of(m) for m in members.values()}
+            if len(known) == 1 and (one := known.pop()) is not None and one.names == tuple(members):
+                continue
+            made = Group(list(members), list(members.values()), path)
+            for member in members.values():
+                member.__dict__[GROUP] = made
+    return _report(model)
+
+
+def _parents(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    for path, module in model.named_modules():
+        if len(module._modules) > 1:
+            yield module, path
+
+
+def _report(model: nn.Module) -> GroupReport:
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for parent, _ in _parents(model):
+        for found in dict.fromkeys(g for child in parent._modules.values() if child and (g := group_of(child))):
+            counts[type(parent).__name__, ", ".join(found.names), found.state()] += 1
+    return GroupReport(tuple((block, names, n, state) for (block, names, state), n in sorted(counts.items())))
+
+
+def ungroup(model: nn.Module) -> nn.Module:
+    """Take every group apart again; returns the same model."""
+    for module in model.modules():
+        module.__dict__.pop(GROUP, None)
+    return model
