@@ -126,6 +126,9 @@ def grad_input(
         return dx
     if tile is None:
         tile = choose_tile(M, N, K, R, dy.dtype, access_of(dy, w, dx, arch=arch_of(dy)), sm_count(dy))
+        if ds is None or add is not None:
+            # Left to decide, the assembler spills a few bytes of these in order to fit one more small program.
+            tile = replace(tile, max_registers=255)
     if ds is not None and a is not None:
         ds, a = ds.contiguous(), a.contiguous()
     else:
