@@ -147,7 +147,8 @@ def test_peft_models_are_grouped_by_accelerate_and_keep_their_losses():
         ("LlamaAttention", 2, "share x: q_proj, k_proj, v_proj"),
         ("LlamaMLP", 2, "share x: gate_proj, up_proj"),
     ]
-    assert "one pass over x: gate_proj, up_proj" in {row.reason for row in lf.explain(ours).rows}
+    assert "gate_proj, up_proj: one pass over x for all, 8 times" in lf.explain(ours).notes
+    assert [(row.path, row.reason, row.calls) for row in lf.explain(ours).rows] == [("fused", "", 5 * 2 * 7)]
     lf.restore(ours)
     assert not any(GROUP in module.__dict__ for module in ours.modules())
     lf.accelerate(ours, groups=False)

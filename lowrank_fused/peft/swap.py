@@ -233,6 +233,11 @@ def _notes(model: nn.Module, layers: list[Any]) -> Iterator[str]:
         yield "no calls yet: run the model first; calls inside of compiled graphs are not counted"
     elif idle:
         yield f"{idle} of {len(layers)} accelerated layers were not called, or only inside of compiled graphs"
+    shared: Counter[str] = Counter()
+    for one in {found for layer in layers if (found := group_of(layer)) is not None and found.shared}:
+        shared[", ".join(one.together)] += one.shared
+    for names, times in sorted(shared.items()):
+        yield f"{names}: one pass over x for all, {times:,} times"
     unread = _unread(model)
     late = [m for m in _tuner_layers(model).values() if accelerated_class(m) is not None and id(m) not in unread]
     if late:
