@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import AdapterConfig, accelerate, inject
+from .. import AdapterConfig, accelerate, group, inject
 from .data import Batch
 
 __all__ = [
@@ -108,6 +108,7 @@ def adapted_models(base: SentimentModel, dropout: float) -> dict[str, SentimentM
     models[ACCELERATED] = copy.deepcopy(models[PEFT])
     accelerate(models[ACCELERATED])
     inject(models[OURS].encoder, ours)
+    group(models[OURS])
     with torch.no_grad():
         for layer, peft_layer in zip(layers_with_adapter(models[OURS]), layers_with_adapter(models[PEFT]), strict=True):
             layer.lora_A.copy_(peft_layer.lora_A["default"].weight)
