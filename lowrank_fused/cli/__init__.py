@@ -14,6 +14,7 @@ from .doctor import doctor
 from .inspect import inspect
 from .methods import methods_command
 from .reproduce import reproduce_command
+from .roofline import roofline
 
 __all__ = ["app", "main"]
 
@@ -22,6 +23,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "methods": methods_command,
     "bench": bench,
     "inspect": inspect,
+    "roofline": roofline,
     "demo": demo,
     "reproduce": reproduce_command,
 }
