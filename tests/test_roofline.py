@@ -187,6 +187,30 @@ def test_the_verdict() -> None:
     assert slower["split-grouped"].over_frozen > 1.08 > slower["grouped"].over_frozen
 
 
+README_ROWS = {
+    "PEFT as shipped (fp32 adapters)": "eager-fp32",
+    "eager PEFT, bf16 adapters": "eager",
+    "torch.compile of it": "compile",
+    "route `thin`": "thin",
+    "route `split`": "split",
+    "`split`, inputs shared by q, k, v and gate, up (a plan)": "split-grouped",
+    "everything read once and written once": "limit",
+}
+
+
+def test_readme_says_what_the_command_says() -> None:
+    lines = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+    found = block(0.1, e=0.97)
+    for label, provider in README_ROWS.items():
+        row = found[provider]
+        _, _, launches, over_frozen, speedup, _ = next(line for line in lines if line.startswith(f"| {label} |")).split(
+            "|"
+        )
+        assert launches.strip() == f"{row.forward_launches} + {row.backward_launches}"
+        assert float(over_frozen) == pytest.approx(row.over_frozen, abs=0.006)
+        assert float(speedup.strip(" x")) == pytest.approx(row.speedup, abs=0.006)
+
+
 def test_assumptions_move_what_they_name() -> None:
     base, unit = block(0.1), 1e6 / H100.bandwidth
     slow = block(0.1, e=0.5)
@@ -235,6 +259,15 @@ def test_a_grouped_chain_reads_dx_again() -> None:
     assert by_kernel[-1].bytes == by_library[-1].bytes == by_kernel[-1].bytes_written + by_kernel[-1].bytes_read
     alone = recorded_step("split", gate_up[1], Setting()).backward[-1]
     assert 0 < alone.bytes + dx - by_kernel[-1].bytes < 0.01 * dx  # without ds and A, which the first one carries
+
+
+def test_the_limit_of_a_group_reads_x_once() -> None:
+    gate_up, setting = groups(LLAMA)[2], Setting(tokens=64)
+    found = {row.scope: row for row in predict(gate_up, ["limit"], setting, Assumptions(H100, 1.0))}
+    alone, together = found["gate_proj, up_proj 4096 -> 14336"], found["gate_proj + up_proj"]
+    x = Tensors.of(gate_up[0], setting).sizes["x"]
+    assert together.bytes == 2 * alone.bytes - 3 * x  # x forward, x and dx backward
+    assert together.flops == 2 * alone.flops
 
 
 def test_goal_lines_agree_with_the_model() -> None:
@@ -288,6 +321,13 @@ def run(*words: str) -> Result:
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("out", "err"):
         monkeypatch.setattr(getattr(common, name), "_width", 100)
+
+
+def test_help_teaches() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "Exit status: 0 all well" in " ".join(result.output.split())
+    assert result.output.count("lowrank-fused roofline") == 1 + 4, "usage and examples"
 
 
 def test_command_gives_its_verdict(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class Assumptions:
         """The time of one launch."""
         peak = self.gpu.peak * (self.efficiency if p.kind == "product" else 1.0)
         bandwidth = self.gpu.bandwidth * (self.thin_share if p.kind == "thin" else 1.0)
-        slower = 1 + self.beta_cost * (p.adds and p.kind == "library")
+        slower = 1 + self.beta_cost * p.adds
         moved = p.bytes - (1 - self.scratch_share) * p.scratch
         return 1e6 * slower * max(p.flops / peak, moved / bandwidth) + self.launch_us
 
