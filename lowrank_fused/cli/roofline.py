@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from ..roofline.gpus import GPUS, Gpu, gpu_named
 from ..tools.model_shapes import LinearShape, build, linear_shapes, target_modules
@@ -120,7 +122,7 @@ def roofline(
         print(json.dumps(document, indent=1))
     else:
         if launches:
-            show_passes(launches, out)
+            show_passes(launches, out if sys.stdout.isatty() else Console(width=120))
         out.print(f"{title}, rank {rank}, dropout {dropout:g}, bf16, forward and backward", style="bold")
         show_predictions(predictions, assumptions, out)
         for verdict in verdicts:

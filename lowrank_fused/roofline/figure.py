@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .model import Prediction
-from .providers import GROUPED, OURS
+from .providers import OURS
 
 __all__ = ["draw"]
 
@@ -37,8 +37,6 @@ def draw(path: Path, predictions: Sequence[Prediction], title: str, assumptions:
     (_curves if over_tokens else _bars)(axes, predictions)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     note = f"A model, not a measurement: {assumptions}."
-    if any(p.provider in GROUPED for p in predictions):
-        note += " Grouped is a plan."
     figure.supxlabel(textwrap.fill(note, 150), x=0.01, ha="left", fontsize=7, color="0.35")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from ..tools.model_shapes import LinearShape
 from . import alternatives
-from .groups import Members, backward_plan, backward_plans, forward_plan, forward_plans
+from .groups import Members
 from .passes import Pass, Setting, Step, Tensors
-from .recorded import recorded_step
+from .recorded import recorded_group, recorded_step
 
 __all__ = ["GROUPED", "OURS", "PROVIDERS", "Candidates", "candidates", "providers"]
 
@@ -71,19 +71,14 @@ def _limit(members: Members, setting: Setting) -> Candidates:
     return Candidates([[merged(forward, 0)]], [[merged(backward, x_again)]])
 
 
-def _split_grouped(members: Members, setting: Setting) -> Candidates:
-    carries = [True] * len(members)
-    return _one(Step(forward_plan(members, setting, carries), backward_plan(members, setting, 0, False)))
-
-
-def _thin_grouped(members: Members, setting: Setting) -> Candidates:
-    carries = [False] * len(members)
-    return _one(Step(forward_plan(members, setting, carries), backward_plan(members, setting, None, True)))
+def _in_groups(route: str, members: Members, setting: Setting) -> Candidates:
+    return _one(recorded_group(route, members, setting))
 
 
 def _grouped(members: Members, setting: Setting) -> Candidates:
-    """The fastest mixture of both, product by product."""
-    return Candidates(list(forward_plans(members, setting)), list(backward_plans(members, setting)))
+    """The faster route, forward and backward on their own."""
+    steps = [recorded_group(route, members, setting) for route in ("split", "thin")]
+    return Candidates([step.forward for step in steps], [step.backward for step in steps])
 
 
 PROVIDERS: dict[str, Callable[[Members, Setting], Candidates]] = {
@@ -95,8 +90,8 @@ PROVIDERS: dict[str, Callable[[Members, Setting], Candidates]] = {
     "lorafusion": partial(_written_out, alternatives.lorafusion),
     "thin": partial(_recorded, "thin"),
     "split": partial(_recorded, "split"),
-    "thin-grouped": _thin_grouped,
-    "split-grouped": _split_grouped,
+    "thin-grouped": partial(_in_groups, "thin"),
+    "split-grouped": partial(_in_groups, "split"),
     "grouped": _grouped,
     "limit": _limit,
 }

@@ -1,38 +1,42 @@
 """Our routes, pass by pass, as their launchers declare them: forward and backward are run on the meta device.
 
-Nothing is described a second time: bytes and FLOPs are those of each `Launch`, and products that a route leaves to the
-library are seen by a dispatch mode.
+Nothing is described a second time: bytes and FLOPs are those of each `Launch`, and what a route leaves to the library
+is seen by a dispatch mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lowrank_fused.kernels.launch import Launch, record, targeting
 
 from ..routes.fused import SPLIT, THIN
-from ..routes.problem import Options, Route, Saved
+from ..routes.problem import GroupOptions, Options
 from ..tools.model_shapes import LinearShape
+from .groups import Members
 from .passes import Pass, Setting, Step
 
-__all__ = ["Meta", "recorded_step", "recording"]
+__all__ = ["recorded_group", "recorded_step", "recording"]
 
-ROUTES: dict[str, Route] = {"split": SPLIT, "thin": THIN}
+ROUTES = {"split": SPLIT, "thin": THIN}
 
 # Kernels that compute x Wᵀ and dy W; all others are thin.
 _PRODUCTS = ("lowrank_forward", "grad_input")
 
+# No launches: allocations, and the kernels' arrival counters, which a GPU keeps from one call to the next.
+_NOTHING = ("empty", "new_empty", "empty_like", "empty_strided", "zeros")
 
-class _LibraryProducts(TorchDispatchMode):
-    """Appends every product of the library to a log."""
+
+class _LibraryCalls(TorchDispatchMode):
+    """Appends to a log every operator that launches something on a GPU."""
 
     def __init__(self, log: list[Any]) -> None:
         super().__init__()
@@ -40,20 +44,18 @@ class _LibraryProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        aten = torch.ops.aten
-        if func.overloadpacket in (aten.mm, aten.addmm, aten.addmm_):
-            left, right = args[-2:]
-            adds = func.overloadpacket is not aten.mm
-            read = sum(t.nbytes for t in args)
-            flops = 2 * left.shape[0] * left.shape[1] * right.shape[1]
-            name = "library product" + ", added" * adds
-            shapes = f"{_shape(left)} {_shape(right)} -> {_shape(out)}"
-            self.log.append(Pass(name, shapes, read, out.nbytes, flops, adds=adds))
+        name = func.overloadpacket.__name__
+        if isinstance(out, Tensor) and not func.is_view and name not in _NOTHING:
+            inputs = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+            read = inputs[1:] if name == "copy_" else inputs
+            sizes = list(out.shape)
+            flops, adds = 0, name in ("addmm", "addmm_")
+            if adds or name == "mm":
+                sizes.insert(1, inputs[-1].shape[0])
+                flops = 2 * math.prod(sizes)
+            shape = " x ".join(map(str, sizes))
+            self.log.append(Pass(f"library {name}", shape, sum(t.nbytes for t in read), out.nbytes, flops, adds=adds))
         return out
-
-
-def _shape(t: Tensor) -> str:
-    return "x".join(map(str, t.shape))
 
 
 def recording(arch: int, call: Callable[[], object]) -> list[Pass]:
@@ -61,7 +63,7 @@ def recording(arch: int, call: Callable[[], object]) -> list[Pass]:
     with ExitStack() as stack:
         stack.enter_context(targeting(arch))
         log: list[Any] = stack.enter_context(record())
-        stack.enter_context(_LibraryProducts(log))
+        stack.enter_context(_LibraryCalls(log))
         call()
     return [_of_launch(entry) if isinstance(entry, Launch) else entry for entry in log]
 
@@ -87,64 +89,53 @@ def _of_launch(launch: Launch) -> Pass:
     )
 
 
-@dataclass(frozen=True)
-class Meta:
-    """Operands of layers that share x, on the meta device."""
+def _meta(*shape: int) -> Tensor:
+    """A bf16 tensor that has no storage."""
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
-    members: Sequence[LinearShape]
-    setting: Setting
 
-    def make(self, *shape: int) -> Tensor:
-        """A bf16 tensor."""
-        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
-
-    @property
-    def x(self) -> Tensor:
-        """[M, K], contiguous."""
-        return self.make(self.setting.tokens, self.members[0].in_features)
-
-    @property
-    def a(self) -> Tensor:
-        """The A of all members, one above the other."""
-        return self.make(self.setting.rank * len(self.members), self.members[0].in_features)
-
-    def weight(self, member: LinearShape) -> Tensor:
-        """W [N, K]."""
-        return self.make(member.out_features, member.in_features)
-
-    def b(self, member: LinearShape) -> Tensor:
-        """B [N, R]."""
-        return self.make(member.out_features, self.setting.rank)
-
-    def bias(self, member: LinearShape) -> Tensor | None:
-        """[N], if this layer has one."""
-        return self.make(member.out_features) if member.bias else None
-
-    def dy(self, member: LinearShape) -> Tensor:
-        """[M, N]."""
-        return self.make(self.setting.tokens, member.out_features)
-
-    @property
-    def seed(self) -> Tensor | None:
-        """What the dropout mask is drawn from."""
-        return torch.empty(1, dtype=torch.int64, device="meta") if self.setting.dropout else None
-
-    def options(self, *wanted: str) -> Options:
-        """Options of a call that wants these of the gradients x, a, b."""
-        wants = {f"wants_{name}": name in wanted for name in ("x", "a", "b", "core", "bias")}
-        return Options(scale=2.0, core_kind="none", dropout_p=self.setting.dropout, **wants)
+def _seed(setting: Setting) -> Tensor | None:
+    return torch.empty(1, dtype=torch.int64, device="meta") if setting.dropout else None
 
 
 def recorded_step(route: str, linear: LinearShape, setting: Setting) -> Step:
     """One layer by the route `split` or `thin`, all gradients wanted but those of weight and bias."""
-    implementation, meta, kept = ROUTES[route], Meta([linear], setting), []
-    x, weight, a, b, o = meta.x, meta.weight(linear), meta.a, meta.b(linear), meta.options("x", "a", "b")
+    (m, r), (k, n) = (setting.tokens, setting.rank), (linear.in_features, linear.out_features)
+    x, weight, a, b, bias = _meta(m, k), _meta(n, k), _meta(r, k), _meta(n, r), _meta(n) if linear.bias else None
+    o = Options(2.0, "none", setting.dropout, True, True, True, wants_core=False, wants_bias=False)
+    saved: list[Any] = []
 
     def forward() -> None:
-        kept.append(implementation.forward(x, weight, a, b, None, meta.bias(linear), meta.seed, o)[1])
+        saved.append(ROUTES[route].forward(x, weight, a, b, None, bias, _seed(setting), o)[1])
 
-    def backward(saved: Saved) -> None:
-        implementation.backward(meta.dy(linear), x, weight, a, b, None, saved, o)
+    def backward() -> None:
+        ROUTES[route].backward(_meta(m, n), x, weight, a, b, None, saved[0], o)
 
-    passes = recording(setting.arch, forward)
-    return Step(passes, recording(setting.arch, partial(backward, kept[0])))
+    return Step(recording(setting.arch, forward), recording(setting.arch, backward))
+
+
+def recorded_group(route: str, members: Members, setting: Setting) -> Step:
+    """Layers that share x by the route `split` or `thin`, as `lowrank_group` runs them; a single one by itself."""
+    if len(members) == 1:
+        return recorded_step(route, members[0], setting)
+    m, r, k = setting.tokens, setting.rank, members[0].in_features
+    x, each = _meta(m, k), [_meta(r, k) for _ in members]
+    weights, b = (
+        [_meta(member.out_features, k) for member in members],
+        [_meta(member.out_features, r) for member in members],
+    )
+    biases = [_meta(member.out_features) if member.bias else None for member in members]
+    every, none = (True,) * len(members), (False,) * len(members)
+    ranks = tuple(slice(r * i, r * (i + 1)) for i in range(len(members)))
+    o = GroupOptions(2.0, setting.dropout, ranks, True, every, every, wants_bias=none)
+    saved: list[Any] = []
+
+    def forward() -> None:
+        operands = (x, weights, torch.cat(each), b, biases, _seed(setting), o)
+        saved.append(ROUTES[route].group_forward(*operands)[1])
+
+    def backward() -> None:
+        dys = [_meta(m, member.out_features) for member in members]
+        ROUTES[route].group_backward(dys, x, weights, torch.cat(each), b, saved[0], o)
+
+    return Step(recording(setting.arch, forward), recording(setting.arch, backward))

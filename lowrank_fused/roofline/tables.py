@@ -31,7 +31,9 @@ def show_predictions(predictions: Sequence[Prediction], assumptions: Assumptions
             console.print(_table(f"{scope}, {shown[0].count} in the model, {tokens} tokens", shown), markup=False)
     console.print(f"A model, not a measurement: {assumptions}.", highlight=False)
     if any(p.provider in GROUPED for p in predictions):
-        console.print("Grouped rows are a plan: the engine does not share x between layers yet.", highlight=False)
+        console.print(
+            "Grouped: layers that share an input run as one lowrank_group; the others run one by one.", highlight=False
+        )
 
 
 def _table(title: str, rows: Sequence[Prediction]) -> Table:
