@@ -195,7 +195,8 @@ def test_known_limits_elsewhere(gpu: str, gains: tuple[float, float]) -> None:
 def test_the_verdict() -> None:
     """A grouped block at e = 0.97 with dropout stays within 1.08 of the frozen one, every declared byte counted."""
     found = block(0.1, e=0.97)
-    assert found["grouped"].over_frozen <= found["split-grouped"].over_frozen <= 1.08
+    assert found["grouped"].over_frozen < found["split-grouped"].over_frozen <= 1.08
+    assert found["grouped"].over_frozen < found["thin-grouped"].over_frozen
     assert found["split"].over_frozen > 1.08  # every layer on its own
     assert block(0.1, e=0.97, thin_share=0.9)["split-grouped"].over_frozen <= 1.08
     assert block(0.1, e=0.95)["split-grouped"].over_frozen > 1.08

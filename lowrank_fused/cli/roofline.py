@@ -121,9 +121,9 @@ def roofline(
         }  # fmt: skip
         print(json.dumps(document, indent=1))
     else:
+        out.print(f"{title}, rank {rank}, dropout {dropout:g}, bf16, forward and backward", style="bold")
         if launches:
             show_passes(launches, out if sys.stdout.isatty() else Console(width=120))
-        out.print(f"{title}, rank {rank}, dropout {dropout:g}, bf16, forward and backward", style="bold")
         show_predictions(predictions, assumptions, out)
         for verdict in verdicts:
             out.print(verdict["text"], highlight=False)
