@@ -343,7 +343,7 @@ def test_command_gives_its_verdict(tmp_path: Path) -> None:
     verdicts = {verdict.split()[0]: verdict for verdict in text.split("at most 1.08 of frozen: ")[1:]}
     assert ", holds" in verdicts["split-grouped"] and ", misses it by 0.03" in verdicts["split"]
     assert "A model, not a measurement: H100 at 790 TFLOP/s and 3 TB/s, e = 0.97" in text
-    assert "run as one lowrank_group" in text
+    assert "as one lowrank_group" in text
     with table.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["scope"] == "block"]
     assert [row["provider"] for row in rows] == list(PROVIDERS)
@@ -384,6 +384,7 @@ def test_command_shows_passes() -> None:
         (["--model", "llama"], "unknown model 'llama'"),
         (["-s", "64x64", "--provider", "best"], "provider must be one of frozen"),
         (["-s", "64x64", "-t", "0"], "tokens must be at least 1"),
+        (["-s", "64x64", "--csv", "/dev/null/rows.csv"], "the results could not be written"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(words: list[str], message: str) -> None:

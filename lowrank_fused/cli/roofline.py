@@ -104,13 +104,16 @@ def roofline(
         launches = [r for setting in settings for r in pass_rows(parts, names, setting, assumptions)] if passes else []
         widest = [p for p in predictions if p.scope == ("block" if len(linears) > 1 else predictions[0].scope)]
         verdicts = [] if at_most is None else _verdicts(widest, at_most)
-        if csv_file is not None:
-            write_csv(csv_file, predictions)
-        if png_file is not None:
-            about = f"{title}, {widest[0].scope}, rank {rank}, dropout {dropout:g}, predicted for {on.name}"
-            if len(settings) == 1:
-                about += f", {settings[0].tokens:,} tokens"
-            draw(png_file, widest, about, str(assumptions))
+        about = f"{title}, {widest[0].scope}, rank {rank}, dropout {dropout:g}, predicted for {on.name}"
+        if len(settings) == 1:
+            about += f", {settings[0].tokens:,} tokens"
+        try:
+            if csv_file is not None:
+                write_csv(csv_file, predictions)
+            if png_file is not None:
+                draw(png_file, widest, about, str(assumptions))
+        except OSError as error:
+            raise ValueError(f"the results could not be written: {error}") from error
     if as_json:
         document = {
             "model": "a prediction by a traffic model, not a measurement",

@@ -32,7 +32,8 @@ def show_predictions(predictions: Sequence[Prediction], assumptions: Assumptions
     console.print(f"A model, not a measurement: {assumptions}.", highlight=False)
     if any(p.provider in GROUPED for p in predictions):
         console.print(
-            "Grouped: layers that share an input run as one lowrank_group; the others run one by one.", highlight=False
+            "Grouped rows run layers that share an input as one lowrank_group, thin and split one by one.",
+            highlight=False,
         )
 
 
