@@ -69,8 +69,8 @@ def _curves(axes: Any, predictions: Sequence[Prediction]) -> None:
     order = [name for name in dict.fromkeys(p.provider for p in predictions) if name != "frozen"]
     for marker, name in zip(_MARKERS, order, strict=False):
         tokens, prices = [p.tokens for p in curves[name]], [100 * (p.over_frozen - 1) for p in curves[name]]
-        style = "--" if name == "limit" else "-"
-        axes.plot(tokens, prices, style, marker=marker, markersize=5, linewidth=1.4, label=name)
+        style = {"linestyle": "--", "color": _COLOURS["limit"]} if name == "limit" else {}
+        axes.plot(tokens, prices, marker=marker, markersize=5, linewidth=1.4, label=name, **style)
     axes.axhline(0, color=_COLOURS["frozen"], linewidth=1)
     counts = sorted({p.tokens for p in predictions})
     axes.set_xscale("log", base=2)
