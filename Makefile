@@ -40,7 +40,7 @@ demo: $(FOR_DEMO) ## fine-tune MiniLM on movie reviews with PEFT, accelerated PE
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m lowrank_fused.demo
 
 test: lint ## everything that CI runs: lint, types, tests, and each benchmark once
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 300
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 300 --durations 20
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(OLD_PEFT) $(BIN)/python -m pytest -n 2 --timeout 300 $(PEFT_TESTS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest bench --benchmark-disable --timeout 300
 

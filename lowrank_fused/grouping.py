@@ -11,6 +11,7 @@ was seen applies between two steps of an optimiser: checkpointing must find a re
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -118,8 +119,9 @@ class Group:
         position = self.positions.get(id(layer))
         if position is None or self.members[position]() is not layer or _is_traced(x):
             return None
-        if self._waiting is not None and (y := self._waiting.take(position, x)) is not None:
-            if not self._waiting.ys:
+        waiting = self._waiting
+        if waiting is not None and (y := waiting.take(position, x)) is not None:
+            if not waiting.ys:
                 self._waiting = None
             return y
         self._settle()
@@ -195,9 +197,11 @@ def _why_apart(calls: list[Call], x: Tensor) -> str | None:
 
 
 def _mode(x: Tensor) -> tuple[Any, ...]:
+    """What besides x a result is made for: gradients, autocast, the thread, the stream that it is ready on."""
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, threading.get_ident(), stream
 
 
 def _version(x: Tensor) -> int | None:

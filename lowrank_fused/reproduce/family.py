@@ -35,7 +35,7 @@ class FamilySettings:
     rates: tuple[float, ...] = (1e-3, 4e-3)
     most_rates: int = 4
     seeds: int = 3
-    training: Training = Training(snippets=352, judged=320)
+    training: Training = Training(snippets=272, judged=240)
     timing_rounds: int = 5
 
 
