@@ -205,14 +205,14 @@ def _without_db(
     tile: Tile | None,
 ) -> DyFactors:
     """Without dB a program owns rows, not columns: ds needs no second stage, and each row block adds up its dd."""
-    (M, _), R = dy.shape, b.shape[1]
+    (M, N), R, split = dy.shape, b.shape[1], 1
     if tile is None:
-        tile = choose_row_tile(M, R, dy.dtype, arch_of(dy), sm_count(dy), b.element_size())
+        tile, split = choose_row_tile(M, N, R, dy.dtype, arch_of(dy), sm_count(dy), factor_bytes=b.element_size())
     dcore_parts = None
     if want_dcore:
         dcore_parts = torch.empty((cdiv(M, tile.block_m), R), dtype=torch.float32, device=dy.device)
     launch_shrink(
         dy, b.t(), None, ds, scale=scale, core=core, core_kind="none" if core is None else "diag",
-        t=s if want_dcore else None, dcore_parts=dcore_parts, tile=tile,
+        t=s if want_dcore else None, dcore_parts=dcore_parts, tile=tile, split=split,
     )  # fmt: skip
     return DyFactors(ds, None, None if dcore_parts is None else dcore_parts.sum(0))

@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import draw_bits, keep_scale, lane_threshold, spread_bits
-from .launch import Launch, Tile, arch_of, cdiv, shared_bytes, sm_count
-from .tile import cast, dot
+from .launch import Launch, Tile, arch_of, cdiv, shared_bytes, sm_count, zeroed_counters
+from .tile import cast, dot, is_last_to_arrive
 
-__all__ = ["block_of_rank", "choose_tile", "launch_shrink", "shrink"]
+__all__ = ["block_of_rank", "choose_split", "choose_tile", "launch_shrink", "shrink"]
 
 
 @triton.jit
@@ -42,11 +42,28 @@ def _store_core(
         tl.store(v_rows + offs_r[None, :], cast(s * scale, IO), mask=mask_s)
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit
+def _finish(
+    s, core_ptr, t_ptr, s_ptr, v_ptr, dcore_parts_ptr, pid_m, offs_m, offs_r, M, R, RV, scale, stride_vm, stride_tm,
+    CORE: tl.constexpr, IO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Store whatever of s, dcore_parts and v there is; s fp32 [BLOCK_M, BLOCK_R], complete."""
+    mask_m, mask_r = offs_m < M, offs_r < R
+    mask_s = mask_m[:, None] & mask_r[None, :]
+    if s_ptr is not None:
+        tl.store(s_ptr + offs_m[:, None] * R + offs_r[None, :], cast(s, IO), mask=mask_s)
+    if t_ptr is not None:
+        t = tl.load(t_ptr + offs_m[:, None] * stride_tm + offs_r[None, :], mask=mask_s, other=0.0).to(tl.float32)
+        tl.store(dcore_parts_ptr + pid_m * R + offs_r, tl.sum(s * t, axis=0) * scale, mask=mask_r)
+    if v_ptr is not None:
+        _store_core(s, core_ptr, v_ptr, offs_m, offs_r, mask_m, R, RV, scale, stride_vm, CORE, BLOCK_M, BLOCK_V)
+
+
+@triton.jit(do_not_specialize=["M", "threshold", "split"])
 def _shrink_kernel(
     x_ptr, a_ptr, core_ptr, seed_ptr, bits_ptr, t_ptr,
-    s_ptr, v_ptr, mask_ptr, dcore_parts_ptr,
-    M, K, R, RV,
+    parts_ptr, counters_ptr, s_ptr, v_ptr, mask_ptr, dcore_parts_ptr,
+    M, K, R, RV, chunk_k, split,
     scale, keep_scale, threshold,
     stride_xm, stride_xk,
     stride_ar, stride_ak,
@@ -56,13 +73,21 @@ def _shrink_kernel(
 ):  # fmt: skip
     """s = keep ∘ x Aᵀ / (1 − p), v = scale · core(s); one program owns BLOCK_M rows and BLOCK_R ranks.
 
+    With parts [split, M, R], `split` programs share these, each with chunk_k columns of x. They store their parts of s;
+    the last one to arrive sums them in the order of the columns and goes on as one program does on its own.
     With t [M, R], also the row block's share of Σ_t scale · s ∘ t (the gradient of a diagonal core, s being dy B).
     """
     pid_r = tl.program_id(0)
-    pid_m = tl.program_id(1).to(tl.int64)
+    pid_m, pid_k = tl.program_id(1).to(tl.int64), tl.program_id(2)
     IO: tl.constexpr = x_ptr.dtype.element_ty
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_k, last_k = 0, K
+    if parts_ptr is not None:
+        first_k = pid_k * chunk_k
+        last_k = tl.minimum(first_k + chunk_k, K)
+        x_ptr += first_k.to(tl.int64) * stride_xk
+        a_ptr += first_k.to(tl.int64) * stride_ak
     offs_k = tl.arange(0, BLOCK_K)
     mask_m, mask_r = offs_m < M, offs_r < R
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
@@ -72,7 +97,7 @@ def _shrink_kernel(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for k in range(0, K, BLOCK_K):
+    for k in range(first_k, last_k, BLOCK_K):
         mask_k = offs_k < K - k
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         a = tl.load(a_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
@@ -93,14 +118,27 @@ def _shrink_kernel(
         a_ptrs += BLOCK_K * stride_ak
     if seed_ptr is not None or bits_ptr is not None:
         acc *= keep_scale
-    mask_s = mask_m[:, None] & mask_r[None, :]
-    if s_ptr is not None:
-        tl.store(s_ptr + offs_m[:, None] * R + offs_r[None, :], cast(acc, IO), mask=mask_s)
-    if t_ptr is not None:
-        t = tl.load(t_ptr + offs_m[:, None] * stride_tm + offs_r[None, :], mask=mask_s, other=0.0).to(tl.float32)
-        tl.store(dcore_parts_ptr + pid_m * R + offs_r, tl.sum(acc * t, axis=0) * scale, mask=mask_r)
-    if v_ptr is not None:
-        _store_core(acc, core_ptr, v_ptr, offs_m, offs_r, mask_m, R, RV, scale, stride_vm, CORE, BLOCK_M, BLOCK_V)
+    if parts_ptr is None:
+        _finish(
+            acc, core_ptr, t_ptr, s_ptr, v_ptr, dcore_parts_ptr, pid_m, offs_m, offs_r, M, R, RV, scale,
+            stride_vm, stride_tm, CORE, IO, BLOCK_M, BLOCK_V,
+        )  # fmt: skip
+    else:
+        # Short offsets beside one address: as addresses they would take twice the registers.
+        own = tl.arange(0, BLOCK_M)[:, None] * R + offs_r[None, :]
+        mask_s = mask_m[:, None] & mask_r[None, :]
+        size = tl.cast(M, tl.int64) * R
+        parts_ptr += pid_m * BLOCK_M * R
+        tl.store(parts_ptr + pid_k * size + own, acc, mask=mask_s)
+        if is_last_to_arrive(counters_ptr + pid_m * tl.num_programs(0) + pid_r, split):
+            acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for _ in tl.range(0, split, loop_unroll_factor=2):
+                acc += tl.load(parts_ptr + own, mask=mask_s, other=0.0, cache_modifier=".cg")
+                parts_ptr += size
+            _finish(
+                acc, core_ptr, t_ptr, s_ptr, v_ptr, dcore_parts_ptr, pid_m, offs_m, offs_r, M, R, RV, scale,
+                stride_vm, stride_tm, CORE, IO, BLOCK_M, BLOCK_V,
+            )  # fmt: skip
 
 
 def block_of_rank(R: int, dtype: torch.dtype) -> int:
@@ -108,34 +146,93 @@ def block_of_rank(R: int, dtype: torch.dtype) -> int:
     return min(max(16, triton.next_power_of_2(R)), 64 if dtype == torch.float32 else 128)
 
 
-def choose_tile(M: int, R: int, dtype: torch.dtype, arch: int, sms: int, factor_bytes: int = 4) -> Tile:
-    """Blocks for x [M, ·] and rank R, the elements of A being of `factor_bytes`.
+def choose_split(M: int, K: int, R: int, tile: Tile, sms: int) -> int:
+    """How many programs share the columns of a block of x: one where the blocks alone occupy the GPU.
 
-    As many rows as still occupy every multiprocessor, and 32 KiB of x under way where shared memory allows it.
+    Otherwise so many that they make up one and a half times its multiprocessors, but each has four steps to run.
+    """
+    blocks = max(1, cdiv(M, tile.block_m) * cdiv(R, tile.block_r))
+    if _idle(blocks, sms) == 0:
+        return 1
+    return max(1, min(cdiv(3 * sms, 2 * blocks), K // (4 * tile.block_k)))
+
+
+def _idle(programs: int, sms: int) -> int:
+    """Tenths of a multiprocessor that are missing to nine tenths of them."""
+    return max(0, 9 * sms - 10 * programs)
+
+
+def choose_tile(
+    M: int,
+    K: int,
+    R: int,
+    dtype: torch.dtype,
+    arch: int,
+    sms: int,
+    *,
+    factor_bytes: int = 4,
+    short: bool = False,
+) -> tuple[Tile, int]:
+    """Blocks for x [M, K] and rank R, and how many programs share the columns of each (`choose_split`).
+
+    Of the blocks that leave fewest multiprocessors idle, those with the least traffic beside x: A is read for each
+    block of rows, its elements of `factor_bytes`, and the parts of s are written and read. `short` asks for small
+    blocks, where rows are not aligned and a mask is applied: elements are then read one by one into registers.
     """
     block_r = block_of_rank(R, dtype)
+    tiles = [_tile_of(rows, K, block_r, dtype, arch, factor_bytes) for rows in _heights(K, R, dtype, arch)]
+    if short:
+        rows = 32 if block_r < 64 else 16
+        tiles = [replace(t, block_m=min(t.block_m, rows), block_k=min(t.block_k, 64)) for t in tiles]
+
+    def split_of(tile: Tile) -> int:
+        # Parts of 128 ranks fill the registers: those of few rows do if they are read one by one, or by few warps.
+        tallest = 16 if R % 16 else 32 if tile.num_warps == 4 else 64
+        return choose_split(M, K, R, tile, sms) if block_r < 128 or tile.block_m <= tallest else 1
+
+    def cost(choice: tuple[Tile, int]) -> tuple[int, int]:
+        tile, split = choice
+        blocks = cdiv(M, tile.block_m)
+        parts = 8 * split * M * R if split > 1 else 0
+        return _idle(blocks * cdiv(R, block_r) * split, sms), blocks * R * K * factor_bytes + parts
+
+    tile, split = min(((tile, split_of(tile)) for tile in tiles), key=cost)
+    # Left to decide, the assembler spills a few bytes in order to fit more programs than there are.
+    return (tile if split == 1 else replace(tile, max_registers=255)), split
+
+
+def _heights(K: int, R: int, dtype: torch.dtype, arch: int) -> list[int]:
+    """Rows that a block may have."""
+    block_r = block_of_rank(R, dtype)
     if dtype == torch.float32:
-        return Tile(block_m=32 if block_r <= 32 else 16, block_k=32, block_r=block_r, num_warps=4, num_stages=3)
+        return [32 if block_r <= 32 else 16]
+    if block_r == 128 and K % 16:
+        return [16]
     # sm_100 has 64-row products only in tensor memory, and the way there costs more than mma.sync on 32 rows
     # unless all 128 ranks share it. Elsewhere 64 rows of 128 ranks are too many registers, but for wgmma.
-    in_tensor_memory = 100 <= arch < 120 and block_r == 128
-    tallest = 32 if 100 <= arch < 120 or (block_r == 128 and arch != 90) else 64
-    fitting = (rows for rows in (64, 32) if rows <= tallest and cdiv(M, rows) * cdiv(R, block_r) >= 0.9 * sms)
-    block_m = 64 if in_tensor_memory else next(fitting, 16)
+    if 100 <= arch < 120:
+        return [16, 32] if block_r < 128 else [16, 64] if R % 16 else [64]
+    return [16, 32] if block_r == 128 and arch != 90 else [16, 32, 64]
+
+
+def _tile_of(block_m: int, K: int, block_r: int, dtype: torch.dtype, arch: int, factor_bytes: int) -> Tile:
+    """Blocks of so many rows, with 32 KiB of x under way where shared memory allows it."""
+    if dtype == torch.float32:
+        return Tile(block_m=block_m, block_k=32, block_r=block_r, num_warps=4, num_stages=3)
+    in_tensor_memory = 100 <= arch < 120 and block_r == 128 and block_m == 64
     block_k = 128 if block_r <= 32 or in_tensor_memory or (block_r == 64 and block_m == 16) else 64
-    if block_r == 128 and shared_bytes(arch) < 128 * 1024:
+    if block_r == 128 and (K % 16 or shared_bytes(arch) < 128 * 1024):
         block_k = 32
     stage = block_k * (2 * block_m + factor_bytes * block_r)
     wanted = 1 + cdiv(32 * 1024, 2 * block_m * block_k)
     # Beside the stages there is one more tile of x: where dropout is applied to it.
     affordable = (shared_bytes(arch) - 2 * block_m * block_k) // stage
-    stages = min(wanted, affordable, 6)
     return Tile(
         block_m=block_m,
         block_k=block_k,
         block_r=block_r,
         num_warps=8 if in_tensor_memory else 4,
-        num_stages=stages,
+        num_stages=min(wanted, affordable, 6),
     )
 
 
@@ -151,20 +248,20 @@ def shrink(
     bits: Tensor | None = None,
     keep_s: bool = True,
     tile: Tile | None = None,
+    split: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(s, v, mask): s = drop(x) Aᵀ [M, R], v = scale · core(s) [M, Rv] and the packed mask uint8 [M, ⌈K / 8⌉].
 
     x [M, K] and a [R, K] may have any strides, a may be fp32 beside 16-bit x. `core` is d [R], C [Rv, R] or g [M, E]
     as `core_kind` says (diag, dense, gate). `seed` is an int64 [1] on x's device; given the packed `bits` of a mask,
     nothing is drawn and these come back. s and v have x's dtype, each rounded once; s is empty without `keep_s`, mask
-    without dropout. Reads x and a once, 2MKR FLOP.
+    without dropout. Reads x and a once, 2MKR FLOP. `split` programs share the columns of x where a tile is given.
+    Sums have an order that the shapes fix.
     """
     (M, K), R = x.shape, a.shape[0]
     if tile is None:
-        tile = choose_tile(M, R, x.dtype, arch_of(x), sm_count(x), a.element_size())
-        if dropout_p and K % 16 and x.element_size() == 2:
-            # Rows that are not aligned are read element by element, and each of these takes a register.
-            tile = replace(tile, block_m=min(tile.block_m, 32), block_k=min(tile.block_k, 64))
+        short = bool(dropout_p) and K % 16 != 0 and x.element_size() == 2
+        tile, split = choose_tile(M, K, R, x.dtype, arch_of(x), sm_count(x), factor_bytes=a.element_size(), short=short)
     RV = R
     if core is not None:
         RV = {"diag": R, "dense": core.shape[0], "gate": R * core.shape[-1]}[core_kind]
@@ -178,7 +275,7 @@ def shrink(
     if M:
         launch_shrink(
             x, a, s if keep_s or not fused else None, v, scale=scale, core=core, core_kind=core_kind,
-            dropout_p=dropout_p, seed=seed, bits=bits, mask=mask, tile=tile,
+            dropout_p=dropout_p, seed=seed, bits=bits, mask=mask, tile=tile, split=split,
         )  # fmt: skip
     if v is None:
         assert core is not None
@@ -196,6 +293,7 @@ def launch_shrink(
     core: Tensor | None,
     core_kind: str,
     tile: Tile,
+    split: int = 1,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     bits: Tensor | None = None,
@@ -205,21 +303,27 @@ def launch_shrink(
 ) -> None:
     """One launch that fills those of s, v, mask and (given t [M, R]) dcore_parts [row blocks, R] that are there.
 
-    v and t may be some columns of wider matrices.
+    v and t may be some columns of wider matrices. At most `split` programs share the columns of a block of x.
     """
     (M, K), R = x.shape, a.shape[0]
+    row_blocks, rank_blocks = cdiv(M, tile.block_m), cdiv(R, tile.block_r)
+    chunk_k = tile.block_k * cdiv(cdiv(K, tile.block_k), split)
+    split = cdiv(K, chunk_k)
+    parts = torch.empty((split, M, R), dtype=torch.float32, device=x.device) if split > 1 else None
+    parts_bytes = 0 if parts is None else parts.nbytes
     RV = R if v is None else v.shape[1]
     block_v = max(16, triton.next_power_of_2(RV)) if core_kind == "dense" else 16
     drawn = mask if dropout_p and bits is None else None
     outputs = [out for out in (s, v, drawn, dcore_parts) if out is not None]
     Launch(
         _shrink_kernel,
-        (cdiv(R, tile.block_r), cdiv(M, tile.block_m)),
+        (rank_blocks, row_blocks, split),
         dict(
             x_ptr=x, a_ptr=a, core_ptr=None if core is None else core.contiguous(),
             seed_ptr=seed if drawn is not None else None, bits_ptr=bits, t_ptr=t,
+            parts_ptr=parts, counters_ptr=None if parts is None else zeroed_counters(x, row_blocks * rank_blocks),
             s_ptr=s, v_ptr=v, mask_ptr=drawn, dcore_parts_ptr=dcore_parts,
-            M=M, K=K, R=R, RV=RV,
+            M=M, K=K, R=R, RV=RV, chunk_k=chunk_k, split=split,
             scale=float(scale), keep_scale=keep_scale(dropout_p), threshold=lane_threshold(dropout_p),
             stride_xm=x.stride(0), stride_xk=x.stride(1), stride_ar=a.stride(0), stride_ak=a.stride(1),
             stride_vm=0 if v is None else v.stride(0), stride_tm=0 if t is None else t.stride(0),
@@ -227,7 +331,7 @@ def launch_shrink(
             BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r, BLOCK_V=block_v,
         ),
         tile,
-        bytes_read=sum(i.nbytes for i in (x, a, core, bits, t) if i is not None),
-        bytes_written=sum(out.nbytes for out in outputs),
+        bytes_read=sum(i.nbytes for i in (x, a, core, bits, t) if i is not None) + parts_bytes,
+        bytes_written=sum(out.nbytes for out in outputs) + parts_bytes,
         flops=2 * M * K * R,
     ).run()  # fmt: skip

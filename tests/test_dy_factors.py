@@ -133,6 +133,21 @@ def test_without_db_any_rank(want_dcore, device):
     assert torch.equal(dcore, expected_dcore) if want_dcore else dcore is None
 
 
+def test_without_db_several_programs_share_the_columns_of_few_rows(device):
+    from lowrank_fused.kernels.dy_factors import dy_factors
+    from lowrank_fused.kernels.launch import record, targeting
+
+    if device.type == "cuda":
+        pytest.skip("this GPU has a size of its own")
+    dy, b, s = (integer_operand(*c, low=-1, high=1, dtype=torch.float16) for c in ((40, 1030), (1030, 5), (40, 5)))
+    core = integer_operand(5, dtype=torch.float16)
+    with targeting(90), record() as launches:
+        got = dy_factors(dy, b, s, core=core, want_db=False, want_dcore=True)
+    assert launches[0].grid[2] > 1
+    ds, _, dcore = by_formula(dy.double(), b.double(), s.double(), core.double(), 1.0)
+    assert torch.equal(got.ds, ds.half()) and torch.equal(got.dcore, dcore.float())
+
+
 def test_declared_work_and_the_tile_of_rows_without_db():
     from lowrank_fused.kernels.dy_factors import dy_factors
     from lowrank_fused.kernels.launch import record, targeting
@@ -142,5 +157,5 @@ def test_declared_work_and_the_tile_of_rows_without_db():
     with targeting(90), record() as launches:
         dy_factors(dy, b, None, want_db=False)
     (launch,) = launches
-    assert launch.tile == choose_tile(8192, 16, torch.bfloat16, 90, 132, 2)
+    assert (launch.tile, 1) == choose_tile(8192, 4096, 16, torch.bfloat16, 90, 132, factor_bytes=2)
     assert launch.bytes_read == dy.nbytes + b.nbytes and launch.bytes_written == 2 * 8192 * 16

@@ -51,23 +51,25 @@ def apply_core(s: torch.Tensor, kind: str, core: torch.Tensor | None) -> torch.T
     return s
 
 
+@pytest.mark.parametrize("split", [1, 2, 9])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "k", "r"), SHAPES)
-def test_integers_come_out_exactly(m, k, r, dtype, device):
+def test_integers_come_out_exactly(m, k, r, dtype, split, device):
     from lowrank_fused.kernels.shrink import shrink
 
     x = integer_operand(m, k, high=1, low=-1, dtype=dtype).to(device)
     a = integer_operand(r, k, dtype=torch.float32).to(device)
-    s, v, mask = shrink(x, a, scale=0.5, tile=small_tile(r))
+    s, v, mask = shrink(x, a, scale=0.5, tile=small_tile(r, block_k=16), split=split)
     exact = (x.double() @ a.double().t()).to(dtype)
     assert torch.equal(s, exact) and torch.equal(v, exact * 0.5)
     assert s.dtype == v.dtype == dtype and mask.numel() == 0
 
 
+@pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("p", [0.0, P])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["none", "diag", "dense", "gate"])
-def test_as_accurate_as_torch(kind, dtype, p, device):
+def test_as_accurate_as_torch(kind, dtype, p, split, device):
     from lowrank_fused.kernels.shrink import shrink
 
     m, k, r, scale = 37, 83, 9, 1.7
@@ -75,7 +77,7 @@ def test_as_accurate_as_torch(kind, dtype, p, device):
     x, a = torch.randn(m, k).to(device, dtype), (torch.randn(r, k) / k**0.5).to(device, dtype)
     core = cores(kind, m, r, lambda *shape: torch.randn(shape).to(dtype), device)
     s, v, mask = shrink(
-        x, a, scale=scale, core=core, core_kind=kind, dropout_p=p, seed=seed_on(device), tile=small_tile(r)
+        x, a, scale=scale, core=core, core_kind=kind, dropout_p=p, seed=seed_on(device), tile=small_tile(r), split=split
     )
     keep = unpack(mask, k) if p else torch.ones(m, k, dtype=torch.bool, device=device)
 
@@ -135,12 +137,13 @@ def test_no_tokens(device):
     assert s.shape == v.shape == (0, 4) and mask.shape == (0, 3)
 
 
+@pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize(("m", "k", "r"), SHAPES)
-def test_bits_are_those_of_the_definition(m, k, r, device):
+def test_bits_are_those_of_the_definition(m, k, r, split, device):
     from lowrank_fused.kernels.shrink import shrink
 
     x, a, seed = torch.ones(m, k, device=device), torch.ones(r, k, device=device), seed_on(device, -(2**63) + 5)
-    s, _, mask = shrink(x, a, dropout_p=P, seed=seed, tile=small_tile(r))
+    s, _, mask = shrink(x, a, dropout_p=P, seed=seed, tile=small_tile(r, block_k=16), split=split)
     keep = draw_keep(seed, m, k, P)[:, :k]
     assert torch.equal(unpack(mask, k), keep)
     # A sum of ones counts the kept elements, the same for each rank.
@@ -154,6 +157,78 @@ def test_mask_depends_on_no_tile(changes, device):
     x, a, seed = integer_operand(40, 90).to(device), integer_operand(20, 90).to(device), seed_on(device)
     one, other = (shrink(x, a, dropout_p=P, seed=seed, tile=small_tile(16, **tile)) for tile in ({}, changes))
     assert torch.equal(unpack(one[2], 90), unpack(other[2], 90)) and torch.equal(one[0], other[0])
+
+
+def test_split_twice_the_same_bits_and_counters_left_at_zero(device, monkeypatch):
+    import lowrank_fused.kernels.shrink as module
+
+    made = []
+    zeroed = module.zeroed_counters
+    monkeypatch.setattr(module, "zeroed_counters", lambda *a: made.append(zeroed(*a)) or made[-1])
+    x, a = (torch.randn(*shape, device=device) for shape in ((40, 300), (20, 300)))
+    first, second = (module.shrink(x, a, tile=small_tile(16), split=4) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
+    assert len(made) == 2 and not any(counters.any() for counters in made)
+
+
+def test_parts_are_summed_in_the_order_of_the_columns(device):
+    from lowrank_fused.kernels.shrink import shrink
+
+    # 2²⁴ + 1 is no float: its neighbour absorbs a one, but not a two.
+    a = torch.ones(1, 64, device=device)
+    for columns, total in (((2.0**24, 1, 1), 2.0**24), ((1, 1, 2.0**24), 2.0**24 + 2)):
+        x = torch.zeros(1, 64, device=device)
+        x[0, :48:16] = torch.tensor(columns)
+        assert shrink(x, a, tile=small_tile(1, block_k=16), split=4)[0].item() == total
+
+
+@pytest.mark.parametrize(("r", "core_kind"), [(8, "dense"), (64, "none")])
+def test_few_tokens_on_a_gpu_split_by_themselves(r, core_kind, device):
+    from lowrank_fused.kernels.launch import record, targeting
+    from lowrank_fused.kernels.shrink import shrink
+
+    if device.type == "cuda":
+        pytest.skip("this GPU has a size of its own")
+    x, a = (integer_operand(rows, 1024, low=-1, high=1, dtype=torch.float16).to(device) for rows in (20, r))
+    core = cores(core_kind, 20, r, lambda *shape: integer_operand(*shape, dtype=torch.float16), device)
+    with targeting(90), record() as launches:
+        s, v, _ = shrink(x, a, core=core, core_kind=core_kind)
+    assert launches[0].grid[2] > 1
+    exact = x.double() @ a.double().t()
+    assert torch.equal(s, exact.half()) and torch.equal(v, apply_core(exact, core_kind, core).half())
+
+
+def test_how_many_programs_share_the_columns():
+    from lowrank_fused.kernels.shrink import choose_split
+
+    tile = small_tile(16, block_m=64, block_k=128)
+
+    def split(m: int, k: int = 65536, r: int = 16, sms: int = 132) -> int:
+        return choose_split(m, k, r, tile, sms)
+
+    # 0.9 · 132 = 118.8 blocks occupy the GPU. Fewer are made into 198 programs or a few more.
+    assert [split(64 * blocks) for blocks in (119, 118, 99, 98, 66, 64, 1)] == [1, 2, 2, 3, 3, 4, 128]
+    assert [split(64 * 59 + rows) for rows in (0, 1)] == [4, 4] and split(64 * 59, r=32) == 2
+    # Each of them has four steps of 128 columns.
+    assert [split(64, k) for k in (100, 1023, 1024, 4096)] == [1, 1, 2, 8]
+    assert split(0) == 128 and split(64, sms=1) == 1
+
+
+def test_blocks_move_little_and_leave_little_idle():
+    from lowrank_fused.kernels.shrink import choose_tile
+
+    def chosen(m: int, r: int = 16, arch: int = 90, sms: int = 132) -> tuple[int, int]:
+        tile, split = choose_tile(m, 4096, r, torch.bfloat16, arch, sms, factor_bytes=2)
+        return tile.block_m, split
+
+    assert chosen(16384) == chosen(8192) == (64, 1)
+    assert chosen(4096) == (64, 4)
+    assert chosen(1024) == (64, 8)  # parts of 1 MiB beside 2 MiB of A, instead of 8 MiB for blocks of 16 rows
+    assert chosen(8) == (16, 8)
+    for m in (1, 300, 1000, 3000, 8000):
+        for arch, sms in ((80, 108), (90, 132), (100, 148), (120, 170)):
+            rows, split = chosen(m, 64, arch, sms)
+            assert -(-m // rows) * split >= min(0.9 * sms, -(-m // 32) * 16)
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
@@ -186,3 +261,17 @@ def test_declared_traffic(device):
     assert launch.bytes_read == 2 * 64 * 128 + 2 * 8 * 128
     assert launch.bytes_written == 2 * (2 * 64 * 8) + 64 * 128 // 8
     assert launch.flops == 2 * 64 * 128 * 8
+
+
+def test_declared_traffic_of_parts(device):
+    from lowrank_fused.kernels.launch import record
+    from lowrank_fused.kernels.shrink import shrink
+
+    x, a = (torch.ones(rows, 128, device=device) for rows in (64, 8))
+    with record() as launches:
+        shrink(x, a, tile=small_tile(8))
+        shrink(x, a, tile=small_tile(8), split=4)
+    whole, parts = launches
+    assert (whole.grid, parts.grid) == ((1, 4, 1), (1, 4, 4))
+    assert parts.bytes_read - whole.bytes_read == parts.bytes_written - whole.bytes_written == 4 * 4 * 64 * 8
+    assert parts.flops == whole.flops

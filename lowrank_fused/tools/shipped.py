@@ -14,6 +14,7 @@ from lowrank_fused.kernels.gather import Permutation, gather, scatter_add, segme
 from lowrank_fused.kernels.grad_input import grad_input
 from lowrank_fused.kernels.launch import Launch, arch_of, record, targeting
 from lowrank_fused.kernels.lowrank_forward import lowrank_forward
+from lowrank_fused.kernels.shrink import shrink
 from lowrank_fused.kernels.stacked import Stack, repeat_blocks, sum_blocks
 from lowrank_fused.kernels.weight_factor import ACTIVATIONS, weight_factor, weight_factor_grad
 
@@ -144,6 +145,49 @@ def _group_cases() -> Iterator[_GroupCase]:
 
 
 @dataclass(frozen=True)
+class _FewTokensCase:
+    """Passes over x and dy whose columns several programs share."""
+
+    m: int = 1000
+    k: int = 4096
+    r: int = 16
+    p: float = 0.0
+    dtype: torch.dtype = torch.bfloat16
+    adapter: torch.dtype = torch.bfloat16
+    core: str = "none"
+
+    def launch(self) -> None:
+        """s and v, and ds alone, on the meta device."""
+        make = partial(torch.empty, dtype=self.dtype, device="meta")
+        adapter = partial(torch.empty, dtype=self.adapter, device="meta")
+        shape = {"diag": (self.r,), "dense": (self.r, self.r), "gate": (self.m, 2)}.get(self.core)
+        core = None if shape is None else adapter(shape)
+        x, a = make(self.m, self.k), adapter(self.r, self.k)
+        given = torch.empty(self.m, -(-self.k // 8), dtype=torch.uint8, device="meta")
+        seed = torch.empty(1, dtype=torch.int64, device="meta")
+        s, _, _ = shrink(x, a, core=core, core_kind=self.core, dropout_p=self.p, seed=seed)
+        shrink(x, a, core=core, core_kind=self.core, dropout_p=self.p, seed=seed, bits=given, keep_s=False)
+        if self.core in ("none", "diag"):
+            dy_factors(x, a.t(), s, core=core, want_db=False, want_dcore=core is not None)
+
+
+def _few_tokens_cases() -> Iterator[_FewTokensCase]:
+    """Every height of a block of x, with every core, kind of mask, dtype and alignment."""
+    for r in (16, 64, 128):
+        for m in (8, 250, 1000):
+            yield _FewTokensCase(m, r=r, p=0.1)
+        for core in ("none", "diag", "dense", "gate"):
+            yield _FewTokensCase(r=r, core=core)
+        yield _FewTokensCase(k=4100, r=r, p=0.1)
+        yield _FewTokensCase(8192, k=4100, r=r, p=0.1)
+        yield _FewTokensCase(r=r, p=0.1, adapter=torch.float32)
+        yield _FewTokensCase(r=r, p=0.1, dtype=torch.float32, adapter=torch.float32, core="diag")
+    yield _FewTokensCase(p=0.1, dtype=torch.float16, adapter=torch.float16)
+    for r in (8, 17, 200):
+        yield _FewTokensCase(r=r, p=0.1, core="diag")
+
+
+@dataclass(frozen=True)
 class _GatherCase:
     """Factors made from one vector: d entries for D elements, by a stored index or a permutation."""
 
@@ -236,7 +280,7 @@ def _stack_cases() -> Iterator[_StackCase]:
         yield _StackCase(dtype, rank=1, size=4099)
 
 
-AnyCase = CallCase | _GroupCase | _GatherCase | _WeightFactorCase | _StackCase
+AnyCase = CallCase | _GroupCase | _FewTokensCase | _GatherCase | _WeightFactorCase | _StackCase
 
 
 def launches_of(arch: int, cases: Iterable[AnyCase]) -> list[Launch]:
@@ -252,4 +296,7 @@ def launches_of(arch: int, cases: Iterable[AnyCase]) -> list[Launch]:
 
 def shipped_launches(arch: int) -> list[Launch]:
     """One launch for every binary that the kernel routes can ask for on `arch`, in a fixed order."""
-    return launches_of(arch, (*_cases(), *_group_cases(), *_gather_cases(), *_weight_factor_cases(), *_stack_cases()))
+    return launches_of(
+        arch,
+        (*_cases(), *_group_cases(), *_few_tokens_cases(), *_gather_cases(), *_weight_factor_cases(), *_stack_cases()),
+    )
