@@ -8,6 +8,7 @@ through pointers: any rank, any dtype, no padded copies, and their blocks reuse 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ __all__ = [
     "descriptor",
     "descriptor_product",
     "drop",
+    "fastest",
     "low_rank_product",
     "pointer_product",
     "rank_multiple",
@@ -72,20 +74,22 @@ _FP32_TILES = [
 
 
 def choose_gemm_tile(rows: int, cols: int, rank: int, dtype: torch.dtype, access: Access, sms: int) -> Tile:
-    """The tile whose waves over the GPU should take least time; block_n is along the output's columns.
-
-    time ~ ⌈tiles / SMs⌉ · tile area / share of the full rate.
-    """
-
-    def time(candidate: tuple[Tile, float]) -> float:
-        tile, share = candidate
-        tiles = cdiv(rows, tile.block_m) * cdiv(cols, tile.block_n)
-        return cdiv(tiles, sms) * tile.block_m * tile.block_n / share
-
-    tile, _ = min(_FP32_TILES if dtype == torch.float32 else TILES[access], key=time)
+    """The tile expected fastest for an output [rows, cols]; block_n is along its columns."""
+    tile = fastest(_FP32_TILES if dtype == torch.float32 else TILES[access], rows, cols, sms)
     # Loads of single elements, or mma.sync's accumulators, leave registers for narrow blocks of u and f.
     wide = tile.use_tma and rank > 16 and rank % 16 == 0
     return replace(tile, block_r=32 if wide else 16)
+
+
+def fastest(tiles: Iterable[tuple[Tile, float]], rows: int, cols: int, sms: int) -> Tile:
+    """The tile whose waves over the GPU should take least time: ⌈blocks / SMs⌉ · area / share of the full rate."""
+
+    def time(candidate: tuple[Tile, float]) -> float:
+        tile, share = candidate
+        blocks = cdiv(rows, tile.block_m) * cdiv(cols, tile.block_n)
+        return cdiv(blocks, sms) * tile.block_m * tile.block_n / share
+
+    return min(tiles, key=time)[0]
 
 
 def access_of(*matrices: Tensor, arch: int) -> Access:

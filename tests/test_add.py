@@ -13,7 +13,7 @@ from lowrank_fused.routes import ROUTES
 from lowrank_fused.terms import Gate
 from lowrank_fused.testing import Operands, assert_as_accurate_as_torch
 
-KERNEL = [pytest.param(r, marks=pytest.mark.triton) if r in ("thin", "split") else r for r in ROUTES]
+KERNEL = [pytest.param(r, marks=pytest.mark.triton) if r in ("thin", "split", "single") else r for r in ROUTES]
 CORES = ["none", "diag", "dense", "gate"]
 
 

@@ -58,7 +58,7 @@ def test_every_binary_may_ship(arch, rows_of):
         pytest.skip("tiles are chosen with the compiler of triton 3.7; older ones spill a few bytes in one of them")
     rows = rows_of(arch)
     kernels = {row["kernel"].removesuffix("_tma") for row in rows}
-    products = {"shrink", "expand", "lowrank_forward", "dy_factors", "x_factors", "grad_input"}
+    products = {"shrink", "expand", "lowrank_forward", "single_forward", "dy_factors", "x_factors", "grad_input"}
     factors = {"gather", "scatter_add", "segment_sum", "weight_factor", "sum_blocks", "repeat_blocks"}
     assert kernels == products | factors
     wrong = [
@@ -102,6 +102,21 @@ def test_every_tile_of_the_big_products_is_compiled(arch, rows_of):
         compiled = {blocks(row["tile"]) for row in rows_of(arch) if row["kernel"].startswith(kernel)}
         for access in ("vectors" if arch == 80 else "descriptors", "elements"):
             assert {blocks(asdict(tile)) for tile, _ in TILES[access]} <= compiled
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_tile_of_the_single_launch_is_compiled(arch, rows_of):
+    from lowrank_fused.kernels.single_forward import TILES
+
+    def blocks(tile: dict) -> tuple[int, ...]:
+        return tuple(tile[name] for name in ("block_m", "block_n", "block_k"))
+
+    compiled = {blocks(row["tile"]) for row in rows_of(arch) if row["kernel"].startswith("single_forward")}
+    for access in ("vectors" if arch == 80 else "descriptors", "elements"):
+        wanted = {blocks(asdict(tile)) for tile, _ in TILES[access]}
+        assert wanted - compiled <= ({(128, 256, 64)} if arch == 100 else set())
 
 
 def test_violations_are_recognised():

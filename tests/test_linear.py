@@ -16,7 +16,7 @@ from lowrank_fused.routes.problem import Options
 from lowrank_fused.testing import Operands, check_against_float64, integer_operand
 
 LIBRARY_ROUTES = ["reference", "addmm"]
-KERNEL_ROUTES = ["thin", "split"]
+KERNEL_ROUTES = ["thin", "split", "single"]
 ROUTES = [*LIBRARY_ROUTES, *(pytest.param(r, marks=pytest.mark.triton) for r in KERNEL_ROUTES)]
 CORES = ["none", "diag", "dense", "gate"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -11,7 +11,7 @@ from lowrank_fused.benchmark import kept_bytes
 from lowrank_fused.testing import Operands
 
 M, N, K, R = 48, 96, 256, 16
-ROUTES = ["reference", "addmm", *(pytest.param(r, marks=pytest.mark.triton) for r in ("thin", "split"))]
+ROUTES = ["reference", "addmm", *(pytest.param(r, marks=pytest.mark.triton) for r in ("thin", "split", "single"))]
 
 
 def kept(o: Operands, route: str, p: float) -> int:

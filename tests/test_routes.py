@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_fused import UnsupportedError
 from lowrank_fused.operands import routes_for
-from lowrank_fused.routes import ROUTES, choose, implementation, unavailable
+from lowrank_fused.routes import GROUP_ROUTES, ROUTES, choose, implementation, unavailable
 from lowrank_fused.routes.problem import Options
 from lowrank_fused.target import CPU, Target
 from lowrank_fused.testing import Operands
@@ -33,6 +33,16 @@ def test_the_inner_dimension_decides_between_thin_and_split():
     assert chosen(8192, 14336, 4096) == ("split", "thin")
     # Where Triton's GEMM is further behind, thin wins at 4096 already.
     assert chosen(8192, 4096, 4096, target=B200) == ("thin", "thin")
+
+
+def test_few_columns_and_ranks_are_worth_a_forward_pass_of_one_launch():
+    """While n · max(r, 16) is well below 256 ρ, 67 thousand on an H100: the k and v projections."""
+    assert chosen(8192, 1024, 4096) == ("single", "split")
+    assert chosen(8192, 1024, 4096, r=64)[0] == "split"
+    assert chosen(8192, 512, 4096, r=64)[0] == "single" and chosen(8192, 512, 4096, r=65)[0] == "split"
+    assert chosen(8192, 1024, 4096, dropout=True)[0] == "split"  # every block of columns would draw the mask again
+    for_group = choose("forward", 8192, 1024, 4096, 16, BF16, False, H100, among=GROUP_ROUTES)
+    assert for_group in GROUP_ROUTES and "single" not in GROUP_ROUTES
 
 
 @pytest.mark.parametrize("target", [A100, H100, B200, Target(89, True), Target(120, True), Target(103, True)])
@@ -82,6 +92,7 @@ class CountProducts(TorchDispatchMode):
 # route: kernels forward, library GEMMs forward, kernels backward, library GEMMs backward
 LAUNCHES = {
     "split": (["shrink", "lowrank_forward"], 0, ["dy_factors", "x_factors", "grad_input"], 0),
+    "single": (["single_forward"], 0, ["dy_factors", "x_factors", "grad_input"], 0),
     "thin": (["shrink", "expand"], 1, ["dy_factors", "x_factors"], 1),
 }
 
@@ -91,7 +102,9 @@ LAUNCHES = {
 @pytest.mark.parametrize("core", ["none", "diag"])
 @pytest.mark.parametrize("route", LAUNCHES)
 def test_launches(route, core, p):
-    """Two launches forward and three backward (split), three and three with one library GEMM each way (thin)."""
+    """Two launches forward and three backward (split), one and three (single); three and three with one library GEMM
+    each way (thin).
+    """
     from lowrank_fused.kernels.launch import record
 
     o = Operands.random(150, 70, 90, 4, core=core, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -108,3 +121,18 @@ def test_launches(route, core, p):
         engine.backward(o.dy, x, o.weight, a, b, d, saved, options)
     assert [launch.name for launch in launches] == backward
     assert counter.products == backward_products
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(("core", "r"), [("dense", 4), ("gate", 4), ("diag", 65), ("none", 64)])
+def test_single_is_split_where_s_does_not_fit_beside_a_tile(core, r):
+    from lowrank_fused.kernels.launch import record
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    o = Operands.random(20, 24, 40, r, core=core, dtype=torch.float16, device=device)
+    x, a, b, d = (None if t is None else t.detach() for t in (o.x, o.a, o.b, o.core))
+    options = Options(0.5, core, 0.0, True, True, True, core != "none", False)
+    with record() as launches:
+        implementation("single", x).forward(x, o.weight, a, b, d, None, None, options)
+    fits = core in ("none", "diag") and r <= 64
+    assert [launch.name for launch in launches] == (["single_forward"] if fits else ["shrink", "lowrank_forward"])

@@ -51,7 +51,7 @@ def apply_core(s: torch.Tensor, kind: str, core: torch.Tensor | None) -> torch.T
     return s
 
 
-@pytest.mark.parametrize("split", [1, 2, 9])
+@pytest.mark.parametrize("split", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "k", "r"), SHAPES)
 def test_integers_come_out_exactly(m, k, r, dtype, split, device):
@@ -65,8 +65,7 @@ def test_integers_come_out_exactly(m, k, r, dtype, split, device):
     assert s.dtype == v.dtype == dtype and mask.numel() == 0
 
 
-@pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize("p", [0.0, P])
+@pytest.mark.parametrize(("p", "split"), [(0.0, 1), (P, 1), (P, 3)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["none", "diag", "dense", "gate"])
 def test_as_accurate_as_torch(kind, dtype, p, split, device):

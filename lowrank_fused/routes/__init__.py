@@ -7,6 +7,7 @@
 | `precise`   | library GEMMs that do not round fp32 factors beside 16-bit x; by request       |
 | `thin`      | Triton thin kernels around one library GEMM that adds into their output       |
 | `split`     | thin kernels and Triton GEMMs that carry the low-rank term in the accumulator |
+| `single`    | `split` with a forward pass of one launch, s being made beside y              |
 
 Nothing is tuned at run time. `choose` compares closed forms of the memory traffic of each route, with a prior for the
 one number that decides between `thin` and `split`: e, the speed of Triton's GEMM over the library's.
@@ -27,7 +28,7 @@ from .problem import GroupRoute, Route
 
 __all__ = ["GROUP_ROUTES", "MAX_THIN_RANK", "ROUTES", "choose", "choose_for_group", "implementation", "unavailable"]
 
-ROUTES = ("reference", "addmm", "precise", "thin", "split")
+ROUTES = ("reference", "addmm", "precise", "thin", "split", "single")
 # Those that serve several linears that share x.
 GROUP_ROUTES = ("addmm", "thin", "split")
 _LIBRARY = {"reference": reference, "addmm": addmm, "precise": precise}
@@ -36,6 +37,13 @@ _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Above this rank the thin kernels read x once per rank block, and library GEMMs are at full speed anyway.
 MAX_THIN_RANK = 128
+
+# Above it s does not fit beside a tile of y.
+_MAX_SINGLE_RANK = 64
+
+# What s beside y is taken to cost a GEMM in rate, beyond its own products: a prior. Every block of columns would also
+# draw the dropout mask again, at more than half the cost of the GEMM, so that with dropout the route is by request.
+_SECOND_ACCUMULATOR = 0.02
 
 # (peak bf16 FLOP/s) / (memory byte/s), and e: priors from data sheets and published figures, not measurements.
 _BALANCE = {80: 149, 86: 90, 89: 172, 90: 263, 100: 214, 120: 117}
@@ -51,11 +59,12 @@ def choose(
     dtype: torch.dtype,
     dropout: bool,
     target: Target,
+    among: Sequence[str] = ROUTES,
 ) -> str:
-    """The route expected fastest for x [m, k], W [n, k], rank r.
+    """The route of these expected fastest for x [m, k], W [n, k], rank r.
 
     Costs are extra time over the frozen GEMM, relative to it: one pass over an [m, n] tensor of 16-bit values costs
-    ρ/k, over [m, k] ρ/n, with ρ the balance of the GPU in FLOP per byte.
+    ρ/k, over [m, k] ρ/n, with ρ the balance of the GPU in FLOP per byte. s made again by every 256 columns costs r/256.
     """
     if not target.has_triton or dtype not in (torch.bfloat16, torch.float16) or r > MAX_THIN_RANK or m == 0:
         return "addmm"
@@ -65,6 +74,8 @@ def choose(
     if direction == "forward":
         cost = {"split": over_n + slower_gemm, "thin": over_k + over_n, "addmm": 2 * over_k + over_n}
         cost["addmm"] += 2.5 * over_n * dropout
+        if r <= _MAX_SINGLE_RANK and not dropout:
+            cost["single"] = max(r, 16) / 256 + slower_gemm + _SECOND_ACCUMULATOR
     else:
         cost = {
             "split": over_k + over_n + slower_gemm,
@@ -72,7 +83,7 @@ def choose(
             "addmm": 2 * over_k + 4 * over_n,
         }
         cost["addmm"] += 2.5 * over_n * dropout
-    return min(cost, key=lambda route: cost[route])
+    return min((route for route in cost if route in among), key=lambda route: cost[route])
 
 
 def choose_for_group(
@@ -92,7 +103,7 @@ def choose_for_group(
             raise UnsupportedError(f"route {route!r} cannot run: {reason}")
         return route, route
     sizes = (m, sum(n for n, _ in shapes), k, sum(r for _, r in shapes), dtype, dropout, target_of(device))
-    return choose("forward", *sizes), choose("backward", *sizes)
+    return choose("forward", *sizes, among=GROUP_ROUTES), choose("backward", *sizes, among=GROUP_ROUTES)
 
 
 def _nearest(table: Mapping[int, float], arch: int) -> float:
@@ -124,8 +135,9 @@ def implementation(route: str, like: Tensor) -> Route:
     if like.shape[0] == 0:
         return addmm
     from .fused import SPLIT, THIN
+    from .single import SINGLE
 
-    return SPLIT if route == "split" else THIN
+    return {"split": SPLIT, "thin": THIN, "single": SINGLE}[route]
 
 
 def group_implementation(route: str, like: Tensor) -> GroupRoute:

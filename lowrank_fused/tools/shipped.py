@@ -15,6 +15,7 @@ from lowrank_fused.kernels.grad_input import grad_input
 from lowrank_fused.kernels.launch import Launch, arch_of, record, targeting
 from lowrank_fused.kernels.lowrank_forward import lowrank_forward
 from lowrank_fused.kernels.shrink import shrink
+from lowrank_fused.kernels.single_forward import single_forward
 from lowrank_fused.kernels.stacked import Stack, repeat_blocks, sum_blocks
 from lowrank_fused.kernels.weight_factor import ACTIVATIONS, weight_factor, weight_factor_grad
 
@@ -142,6 +143,61 @@ def _group_cases() -> Iterator[_GroupCase]:
     yield _GroupCase(p=0.1, dtype=torch.float16)
     for m in (8, 8192):
         yield _GroupCase(m, p=0.1, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class _SingleCase:
+    """A forward pass in one launch."""
+
+    m: int = 8192
+    n: int = 1024
+    k: int = 4096
+    r: int = 16
+    p: float = 0.0
+    dtype: torch.dtype = torch.bfloat16
+    adapter: torch.dtype = torch.bfloat16
+    conv1d: bool = False
+    more: bool = True
+
+    def launch(self) -> None:
+        """With a seed or bits for the mask; with `more`, a core, a bias and s, on the meta device."""
+        make = partial(torch.empty, dtype=self.dtype, device="meta")
+        adapter = partial(torch.empty, dtype=self.adapter, device="meta")
+        weight = make(self.k, self.n).t() if self.conv1d else make(self.n, self.k)
+        given = torch.empty(self.m, -(-self.k // 8), dtype=torch.uint8, device="meta")
+        core, bias = (adapter(self.r), make(self.n)) if self.more else (None, None)
+        for bits in (None, given) if self.p else (None,):
+            single_forward(
+                make(self.m, self.k), weight, adapter(self.r, self.k), adapter(self.n, self.r), core=core, bias=bias,
+                dropout_p=self.p, seed=torch.empty(1, dtype=torch.int64, device="meta"), bits=bits, keep_s=self.more,
+            )  # fmt: skip
+
+
+def _single_cases() -> Iterator[_SingleCase]:
+    """Every tile, with every block of ranks that it holds; every other variant at some tile."""
+    for m, n in (
+        (8, 1024),
+        (24, 14336),
+        (400, 256),
+        (400, 4096),
+        (1000, 1024),
+        (2000, 1024),
+        (4000, 1024),
+        (8192, 4096),
+    ):
+        for r in (16, 32, 64):
+            yield _SingleCase(m, n, r=r)
+            yield _SingleCase(m, n, r=r, p=0.1)
+            yield _SingleCase(m, n + 4, 4100, r=r, p=0.1)
+    for m in (8, 8192):
+        yield _SingleCase(m, p=0.1, dtype=torch.float32, adapter=torch.float32)
+        yield _SingleCase(m, n=1020, k=4100, p=0.1, dtype=torch.float32, adapter=torch.float32)
+        yield _SingleCase(m, more=False)
+        yield _SingleCase(m, p=0.1, conv1d=True)
+        yield _SingleCase(m, p=0.1, r=64, adapter=torch.float32)
+        for r in (1, 8, 17):
+            yield _SingleCase(m, p=0.1, r=r)
+    yield _SingleCase(p=0.1, dtype=torch.float16, adapter=torch.float16)
 
 
 @dataclass(frozen=True)
@@ -280,7 +336,7 @@ def _stack_cases() -> Iterator[_StackCase]:
         yield _StackCase(dtype, rank=1, size=4099)
 
 
-AnyCase = CallCase | _GroupCase | _FewTokensCase | _GatherCase | _WeightFactorCase | _StackCase
+AnyCase = CallCase | _GroupCase | _SingleCase | _FewTokensCase | _GatherCase | _WeightFactorCase | _StackCase
 
 
 def launches_of(arch: int, cases: Iterable[AnyCase]) -> list[Launch]:
@@ -298,5 +354,13 @@ def shipped_launches(arch: int) -> list[Launch]:
     """One launch for every binary that the kernel routes can ask for on `arch`, in a fixed order."""
     return launches_of(
         arch,
-        (*_cases(), *_group_cases(), *_few_tokens_cases(), *_gather_cases(), *_weight_factor_cases(), *_stack_cases()),
+        (
+            *_cases(),
+            *_group_cases(),
+            *_single_cases(),
+            *_few_tokens_cases(),
+            *_gather_cases(),
+            *_weight_factor_cases(),
+            *_stack_cases(),
+        ),
     )
