@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +13,20 @@ from ..testing import assert_as_accurate_as_torch
 from .case import Case, Operands
 from .providers import Provider
 
-__all__ = ["check", "recovered_mask"]
+__all__ = ["check", "double", "recovered_mask", "seeded"]
 
 SEED = 20_240_607
+
+
+class OnDevice(Protocol):
+    """Operands of any kind."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+AnyOperands = TypeVar("AnyOperands", bound=OnDevice)
+Result = TypeVar("Result")
 
 
 def check(provider: Provider, case: Case, operands: Operands | None = None) -> None:
@@ -33,9 +45,9 @@ def check(provider: Provider, case: Case, operands: Operands | None = None) -> N
             o.x, o.weight, o.a, o.b, scale=o.scale, bias=o.bias, dropout_p=case.dropout, keep=keep
         )
 
-    ours = _values(lambda o: _seeded(provider, o, case.dropout), o)
+    ours = _values(lambda o: seeded(provider, o, case.dropout), o)
     plain = _values(reference, o)
-    exact = _values(reference, _double(o))
+    exact = _values(reference, double(o))
     for name, got, same_dtype, truth in zip(("y", "dx", "dA", "dB"), ours, plain, exact, strict=True):
         assert_as_accurate_as_torch(got, same_dtype, truth, name)
 
@@ -56,14 +68,14 @@ def recovered_mask(provider: Provider, o: Operands, dropout_p: float) -> Tensor:
         dy=torch.ones_like(o.dy),
         scale=1.0,
     )
-    y = _seeded(provider, probe, dropout_p)
+    y = seeded(provider, probe, dropout_p)
     (dx,) = torch.autograd.grad(y, probe.x, probe.dy)
     return dx != 0
 
 
-def _seeded(provider: Provider, o: Operands, dropout_p: float) -> Tensor:
-    """The provider's y with torch's generators at SEED; they are left as they were."""
-    with torch.random.fork_rng(devices=[o.x.device] if o.x.device.type == "cuda" else []):
+def seeded(provider: Callable[[AnyOperands, float], Result], o: AnyOperands, dropout_p: float) -> Result:
+    """The provider's result with torch's generators at SEED; they are left as they were."""
+    with torch.random.fork_rng(devices=[o.device] if o.device.type == "cuda" else []):
         torch.manual_seed(SEED)
         return provider(o, dropout_p)
 
@@ -74,7 +86,7 @@ def _values(forward: Callable[[Operands], Tensor], o: Operands) -> tuple[Tensor,
     return y.detach(), *torch.autograd.grad(y, o.leaves(), o.dy.to(y.dtype))
 
 
-def _double(o: Operands) -> Operands:
+def double(o: Operands) -> Operands:
     """The same, already rounded, values in float64."""
 
     def leaf(t: Tensor) -> Tensor:

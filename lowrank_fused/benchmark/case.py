@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = ["DTYPES", "Case", "Operands", "dtype_name", "parse_dtype"]
 
+AnyCase = TypeVar("AnyCase", bound="Case")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -37,6 +39,7 @@ class Case:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bias: bool = False
     label: str = ""
+    what: ClassVar[str] = "layer"
 
     def __post_init__(self) -> None:
         for name in ("in_features", "out_features", "tokens", "rank"):
@@ -48,7 +51,7 @@ class Case:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
 
-    def with_tokens(self, tokens: int) -> Case:
+    def with_tokens(self: AnyCase, tokens: int) -> AnyCase:
         """The same layer with another number of rows."""
         return replace(self, tokens=tokens)
 
@@ -101,6 +104,11 @@ class Operands:
             bias=normal(n, std=1.0) if case.bias else None,
             dy=normal(m, n, std=1.0),
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.x.device
 
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
         """What gradients are taken for, in this order: x, a, b."""

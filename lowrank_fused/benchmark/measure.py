@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from .accuracy import check
-from .case import Case, Operands
+from .case import Case
 from .memory import kept_bytes, peak_bytes
-from .providers import FP32, Provider
+from .providers import FP32
 from .record import Row
-from .timing import Spread, Step, clock_for, interleave, paired_ratio
+from .timing import Spread, Step, clock_for, clock_name, interleave, paired_ratio
 
-__all__ = ["MODES", "gate", "layer_step", "measure", "ratios"]
+__all__ = ["MODES", "Contestant", "gate", "layer_step", "measure", "ratios"]
 
 MODES = ("forward", "backward", "both")
 CPU_GATE_TOKENS = 256  # float64 on a CPU takes longer than what it guards; a GPU is checked at full size
 BASELINE, FLOOR = "eager", "frozen"
 
 
-def gate(provider: Provider, case: Case) -> str:
-    """ "ok", or in a line why this provider gets no number."""
+class Contestant(Protocol):
+    """A provider of a layer or of a block: what it computes from operands of its own making."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def adapter_dtype(self) -> torch.dtype | None: ...
+    @property
+    def has_adapter(self) -> bool: ...
+    def operands(self, case: Any) -> Any: ...
+    def chosen_routes(self, o: Any, dropout_p: float) -> str | None: ...
+    def leaves(self, o: Any) -> tuple[Tensor, ...]: ...
+    def __call__(self, o: Any, dropout_p: float) -> Any: ...
+
+
+def gate(provider: Contestant, case: Case, judge: Callable[[Any, Any], None] = check) -> str:
+    """ "ok", or in a line why this provider gets no number; the judge raises AssertionError where it is wrong."""
     if case.device.type == "cpu":
         case = case.with_tokens(min(case.tokens, CPU_GATE_TOKENS))
     try:
-        check(provider, case)
+        judge(provider, case)
     except AssertionError as wrong:
         return f"wrong: {wrong}"
     except Exception as failure:  # a compiler or driver may raise anything; the other providers go on
@@ -34,8 +50,8 @@ def gate(provider: Provider, case: Case) -> str:
     return "ok"
 
 
-def layer_step(provider: Provider, o: Operands, dropout_p: float, mode: str) -> Step:
-    """Forward, backward (the forward untimed before it) or both, of one layer."""
+def layer_step(provider: Contestant, o: Any, dropout_p: float, mode: str) -> Step:
+    """Forward, backward (the forward untimed before it) or both, of one layer or block."""
 
     def forward() -> Any:
         return provider(o, dropout_p)
@@ -52,15 +68,16 @@ def layer_step(provider: Provider, o: Operands, dropout_p: float, mode: str) -> 
 
 def measure(
     case: Case,
-    providers: Sequence[Provider],
+    providers: Sequence[Contestant],
     modes: Sequence[str] = ("both",),
     *,
+    judge: Callable[[Any, Any], None] = check,
     budget_s: float = 5.0,
     flush_l2: bool = True,
     on_round: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
     """Rows for every provider and mode; a provider that fails the gate is listed without a number."""
-    verdicts = {provider.name: gate(provider, case) for provider in providers}
+    verdicts = {provider.name: gate(provider, case, judge) for provider in providers}
     able = [provider for provider in providers if verdicts[provider.name] == "ok"]
     rows = [
         Row.of(case, name, mode, status=verdict)
@@ -76,7 +93,10 @@ def measure(
         if not steps:
             break
         times = interleave(steps, clock, budget_s=budget_s, on_round=on_round)
-        rows += [_row(case, provider, operands[provider.name], mode, times, steps[provider.name]) for provider in able]
+        for provider in able:
+            row = _row(case, provider, operands[provider.name], mode, times, steps[provider.name])
+            row.clock = clock_name(case.device, flush_l2)
+            rows.append(row)
     return rows
 
 
@@ -95,9 +115,7 @@ def ratios(times: Mapping[str, Sequence[float]], name: str) -> dict[str, float]:
     return found
 
 
-def _row(
-    case: Case, provider: Provider, o: Operands, mode: str, times: Mapping[str, Sequence[float]], step: Step
-) -> Row:
+def _row(case: Case, provider: Contestant, o: Any, mode: str, times: Mapping[str, Sequence[float]], step: Step) -> Row:
     spread = Spread.of(times[provider.name])
     peak = peak_bytes(lambda: step.run(step.prepare()), case.device)
     kept = None

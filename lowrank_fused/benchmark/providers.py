@@ -1,4 +1,5 @@
-"""Who is measured: the frozen linear alone, PEFT's arithmetic, torch.compile of it, and our routes.
+"""Who is measured: the frozen linear alone, PEFT's arithmetic, torch.compile of it, the form with three products that
+other trainers run, our routes, and published kernels where they are installed.
 
 PEFT's arithmetic is written out here, so that the benchmark needs PEFT neither installed nor in a given
 version:
@@ -23,12 +24,14 @@ from ..linear import lowrank_linear
 from ..operands import routes_for
 from ..routes import ROUTES, unavailable
 from .case import Case, Operands
+from .published import PUBLISHED, published_forward
+from .three_gemm import three_gemm
 
 __all__ = ["FP32", "PROVIDERS", "Forward", "Provider", "default_names", "providers_for"]
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, "Tensor | None", float, float], Tensor]
 FP32 = "-fp32"
-PROVIDERS = ("frozen", "eager", "compile", "auto", *ROUTES)
+PROVIDERS = ("frozen", "eager", "compile", "three-gemm", "auto", *ROUTES, *PUBLISHED)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def default_names(case: Case, *, with_compile: bool = False) -> list[str]:
     routes = ROUTES if case.device.type == "cuda" else ("reference", "addmm")
     able = [route for route in routes if unavailable(route, case.device, case.dtype) is None]
     chosen = ["auto"] if case.device.type == "cuda" else []  # on a CPU it is addmm, already there
-    names = ["frozen", "eager", *(["compile"] if with_compile else []), *able, *chosen]
+    names = ["frozen", "eager", *(["compile"] if with_compile else []), "three-gemm", *able, *chosen]
     return names if case.dtype == torch.float32 else [*names, "eager" + FP32, "auto" + FP32]
 
 
@@ -121,7 +124,9 @@ def _provider(name: str, case: Case) -> Provider:
         # One cache of compiled code for all cases would stop compiling at dynamo's limit of recompilations.
         torch.compiler.reset()
         forward: Forward = torch.compile(eager, dynamic=False)
+    elif base in PUBLISHED:
+        forward = published_forward(base, case.device, case.dropout, case.bias)
     else:
-        forward = {"frozen": frozen, "eager": eager}.get(base) or routed(base)
+        forward = {"frozen": frozen, "eager": eager, "three-gemm": three_gemm}.get(base) or routed(base)
     mixed = name.endswith(FP32) and case.dtype != torch.float32
     return Provider(name, forward, torch.float32 if mixed else None)

@@ -22,7 +22,8 @@ class Row:
 
     `speedup` is PEFT's eager arithmetic (adapters of the same dtype) over this provider, `overhead` this
     provider over the frozen linear, both the median of the ratios within rounds. `routes` are those that
-    "auto" chose, forward and backward. `status` is "ok", or why there is no number.
+    "auto" chose, forward and backward. `status` is "ok", or why there is no number. `what` is a layer, a block
+    or a training step, `clock` what the times were taken with.
     """
 
     label: str
@@ -48,6 +49,8 @@ class Row:
     tflops: float | None = None
     kept_bytes_per_token: float | None = None
     peak_mib: float | None = None
+    what: str = "layer"
+    clock: str | None = None
 
     @classmethod
     def of(cls, case: Case, provider: str, mode: str, **numbers: Any) -> Row:
@@ -63,6 +66,7 @@ class Row:
             device=case.device.type,
             mode=mode,
             provider=provider,
+            what=case.what,
             **numbers,
         )
 

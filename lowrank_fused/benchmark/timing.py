@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["Clock", "Spread", "Step", "clock_for", "interleave", "paired_ratio"]
+__all__ = ["Clock", "Spread", "Step", "clock_for", "clock_name", "interleave", "paired_ratio"]
 
 WARMUP_CALLS = 2
 LONGEST_SLEEP_MS = 20.0
@@ -99,6 +99,13 @@ class CudaClock:
 def clock_for(device: torch.device, flush_l2: bool = True) -> Clock:
     """CUDA events on a GPU, the wall clock elsewhere."""
     return CudaClock(device, flush_l2) if device.type == "cuda" else cpu_clock
+
+
+def clock_name(device: torch.device, flush_l2: bool = True) -> str:
+    """In words what `clock_for` measures with."""
+    if device.type != "cuda":
+        return "wall clock"
+    return f"CUDA events, {'cold' if flush_l2 else 'warm'} L2"
 
 
 def interleave(

@@ -1,0 +1,223 @@
+"""The seven linears of a decoder layer with their real sharing, as one thing to measure.
+
+    q, k, v = f(x);   o = f(attention);   gate, up = f(x2);   down = f(h)
+
+Attention, norms and the activation between them are left out: they are the same for everybody. Each of the four inputs
+is a leaf, and autograd adds the input gradients of the linears that share one, as it does in a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..linear import lowrank_linear_ref
+from ..testing import assert_as_accurate_as_torch
+from .accuracy import double, seeded
+from .case import Case, Operands
+from .providers import FP32, Provider, eager, providers_for
+
+__all__ = ["BlockCase", "BlockOperands", "BlockProvider", "block_providers", "check_block"]
+
+# Each linear's input, and the fields of the case that are its sizes.
+LINEARS = {
+    "q": ("x", "in_features", "in_features"),
+    "k": ("x", "in_features", "kv_features"),
+    "v": ("x", "in_features", "kv_features"),
+    "o": ("attention", "in_features", "in_features"),
+    "gate": ("x2", "in_features", "out_features"),
+    "up": ("x2", "in_features", "out_features"),
+    "down": ("h", "out_features", "in_features"),
+}
+_Part = tuple[Tensor, Tensor, Tensor, Tensor, "Tensor | None"]
+
+
+@dataclass(frozen=True)
+class BlockCase(Case):
+    """A decoder layer: in_features is its hidden size, out_features that of its MLP, kv_features that of k and v."""
+
+    kv_features: int = 0
+    what: ClassVar[str] = "block"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kv_features < self.rank:
+            raise ValueError(f"kv_features must be at least the rank, {self.rank}, got {self.kv_features}")
+
+    def layers(self) -> dict[str, Case]:
+        """The seven linears by name."""
+        common = (self.tokens, self.rank, self.dropout, self.dtype, self.device, self.bias)
+        return {
+            name: Case(getattr(self, wide), getattr(self, out), *common, label=name)
+            for name, (_, wide, out) in LINEARS.items()
+        }
+
+    def flops(self, mode: str) -> int:
+        """The sum over the linears."""
+        return sum(layer.flops(mode) for layer in self.layers().values())
+
+
+@dataclass
+class BlockOperands:
+    """Operands of each linear; those that share an input hold the same tensor x."""
+
+    layers: dict[str, Operands]
+
+    @classmethod
+    def random(cls, case: BlockCase, adapter_dtype: torch.dtype | None = None) -> BlockOperands:
+        """As `Operands.random` makes them, every linear from a seed of its own."""
+        layers: dict[str, Operands] = {}
+        inputs: dict[str, Tensor] = {}
+        for seed, (name, layer) in enumerate(case.layers().items()):
+            o = Operands.random(layer, adapter_dtype, seed)
+            layers[name] = replace(o, x=inputs.setdefault(LINEARS[name][0], o.x))
+        return cls(layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.layers["q"].device
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """x, attention, x2 and h: [tokens, features] each."""
+        return {LINEARS[name][0]: o.x for name, o in self.layers.items()}
+
+    @property
+    def dy(self) -> list[Tensor]:
+        """Upstream gradients in the order of the linears."""
+        return [o.dy for o in self.layers.values()]
+
+    def leaves(self) -> dict[str, Tensor]:
+        """What gradients are taken for, by name: inputs, then A and B of every linear."""
+        factors = {f"{kind} of {name}": getattr(o, kind) for name, o in self.layers.items() for kind in ("a", "b")}
+        return {**self.inputs, **factors}
+
+    def parameters(self) -> list[Tensor]:
+        """What exists whether or not a backward follows."""
+        return [parameter for o in self.layers.values() for parameter in o.parameters()]
+
+    def double(self) -> BlockOperands:
+        """The same values in float64, inputs shared as here."""
+        inputs = {name: x.detach().double().requires_grad_() for name, x in self.inputs.items()}
+        return BlockOperands({name: replace(double(o), x=inputs[LINEARS[name][0]]) for name, o in self.layers.items()})
+
+
+@dataclass(frozen=True)
+class BlockProvider:
+    """A provider of layers, linear by linear; or all seven compiled as one function."""
+
+    layer: Provider
+    compiled: Callable[[list[_Part], float, float], list[Tensor]] | None = None
+
+    @property
+    def name(self) -> str:
+        """The layer provider's."""
+        return self.layer.name
+
+    @property
+    def adapter_dtype(self) -> torch.dtype | None:
+        """The layer provider's."""
+        return self.layer.adapter_dtype
+
+    @property
+    def has_adapter(self) -> bool:
+        """The layer provider's."""
+        return self.layer.has_adapter
+
+    def operands(self, case: BlockCase) -> BlockOperands:
+        """Random operands of this case in the adapters' dtype."""
+        return BlockOperands.random(case, self.adapter_dtype)
+
+    def __call__(self, o: BlockOperands, dropout_p: float) -> list[Tensor]:
+        if self.compiled is None:
+            return [self.layer(operands, dropout_p) for operands in o.layers.values()]
+        parts = [(p.x, p.weight, p.a, p.b, p.bias) for p in o.layers.values()]
+        mixed = self.adapter_dtype is not None
+        with torch.autocast(o.device.type, dtype=parts[0][0].dtype if mixed else torch.bfloat16, enabled=mixed):
+            return self.compiled(parts, o.layers["q"].scale, dropout_p)
+
+    def chosen_routes(self, o: BlockOperands, dropout_p: float) -> str | None:
+        """What "auto" stands for in each linear, those that agree named together."""
+        by_route: dict[str, list[str]] = {}
+        for name, operands in o.layers.items():
+            if routes := self.layer.chosen_routes(operands, dropout_p):
+                by_route.setdefault(routes, []).append(name)
+        return "; ".join(f"{', '.join(names)}: {routes}" for routes, names in by_route.items()) or None
+
+    def leaves(self, o: BlockOperands) -> tuple[Tensor, ...]:
+        """The tensors whose gradients this provider makes."""
+        return tuple(o.leaves().values() if self.has_adapter else o.inputs.values())
+
+
+def _eager_block(parts: list[_Part], scale: float, dropout_p: float) -> list[Tensor]:
+    return [eager(*part, scale, dropout_p) for part in parts]
+
+
+def block_providers(names: Iterable[str], case: BlockCase) -> list[BlockProvider]:
+    """Providers of a block by the names that `providers_for` takes, with the errors that it raises."""
+    found = []
+    for layer in providers_for(names, case):
+        whole = layer.name.removesuffix(FP32) == "compile"
+        found.append(BlockProvider(layer, torch.compile(_eager_block, dynamic=False) if whole else None))
+    return found
+
+
+def check_block(provider: BlockProvider, case: BlockCase) -> None:
+    """Raise AssertionError unless all outputs and gradients are as accurate as PyTorch's, by the rule of layers.
+
+    The reference sees, linear by linear, the masks that the provider drew. Frozen linears pass.
+    """
+    if not provider.has_adapter:
+        return
+    o = provider.operands(case)
+    keep = {name: _mask(provider, o, name, case.dropout) if case.dropout else None for name in o.layers}
+
+    def reference(o: BlockOperands, _: float) -> list[Tensor]:
+        return [
+            lowrank_linear_ref(
+                p.x, p.weight, p.a, p.b, scale=p.scale, bias=p.bias, dropout_p=case.dropout, keep=keep[name]
+            )
+            for name, p in o.layers.items()
+        ]
+
+    ours = _values(provider, o, case.dropout)
+    plain = _values(reference, o, case.dropout)
+    exact = _values(reference, o.double(), case.dropout)
+    for name, got in ours.items():
+        assert_as_accurate_as_torch(got, plain[name], exact[name], name)
+
+
+def _mask(provider: BlockProvider, o: BlockOperands, wanted: str, dropout_p: float) -> Tensor:
+    """The mask of one linear, by the gradient that only its own output sends back (see `accuracy.recovered_mask`)."""
+    inputs = {name: torch.ones_like(x).requires_grad_() for name, x in o.inputs.items()}
+    layers = {}
+    for name, p in o.layers.items():
+        layers[name] = Operands(
+            x=inputs[LINEARS[name][0]],
+            weight=torch.zeros_like(p.weight),
+            a=torch.ones_like(p.a).requires_grad_(),
+            b=torch.full_like(p.b, 1.0 / p.weight.shape[0]).requires_grad_(),
+            bias=p.bias,
+            dy=torch.full_like(p.dy, float(name == wanted)),
+            scale=1.0,
+        )
+    probe = BlockOperands(layers)
+    ys = seeded(provider, probe, dropout_p)
+    (dx,) = torch.autograd.grad(ys, inputs[LINEARS[wanted][0]], probe.dy)
+    return dx != 0
+
+
+def _values(
+    forward: Callable[[BlockOperands, float], list[Tensor]], o: BlockOperands, dropout_p: float
+) -> dict[str, Tensor]:
+    """y of every linear and the gradient of every leaf, by name."""
+    ys = seeded(forward, o, dropout_p)
+    leaves = o.leaves()
+    grads = torch.autograd.grad(ys, list(leaves.values()), [dy.to(y.dtype) for y, dy in zip(ys, o.dy, strict=True)])
+    outputs = {f"y of {name}": y.detach() for name, y in zip(o.layers, ys, strict=True)}
+    return outputs | {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
