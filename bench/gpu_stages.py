@@ -1,8 +1,10 @@
-"""What a GPU is asked, in order of priority: tests, correctness, times of kernels, layers, models; memory."""
+"""What a GPU is asked, in order of priority: correctness, kernels, blocks, layers, models, memory, CUDA graphs."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,27 +15,28 @@ from typing import Any
 
 import torch
 
-from bench.model_step import CausalCase, causal_steps
+from bench.causal import CausalCase, causal_steps, check_steps
+from bench.causal import default_names as default_steps
+from bench.gpu_graph import Capture, replayed_masks, replayed_step, time_replays, timed_row
+from bench.gpu_kernels import ceilings, time_kernels
 from bench.stages import ROOT, Case, PartlyFailed, Stage
+from lowrank_fused.benchmark import Case as LayerCase
 from lowrank_fused.benchmark import (
-    Case as LayerCase,
-)
-from lowrank_fused.benchmark import (
-    Operands,
-    Provider,
-    Spread,
-    Step,
+    Row,
     check,
     clock_for,
+    clock_name,
     default_names,
     dtype_name,
     interleave,
     kept_bytes,
     measure,
-    paired_ratio,
     peak_bytes,
     providers_for,
 )
+from lowrank_fused.benchmark.block import BlockCase, block_providers, check_block
+from lowrank_fused.benchmark.graph import captured
+from lowrank_fused.benchmark.published import PUBLISHED, why_not
 
 __all__ = ["Setting", "stages"]
 
@@ -52,14 +55,13 @@ KERNEL_TESTS = (
     "as_accurate_as_its_reference",
 )
 PYTEST_SECONDS = 200
-GEMMS = {"forward": "lowrank_forward", "backward": "grad_input"}  # names of Triton's, with or without TMA
-OTHERS = ("frozen", "eager", "eager-fp32", "compile")  # providers whose failure is not ours
+OTHERS = ("frozen", "eager", "eager-fp32", "compile", "three-gemm", *PUBLISHED)  # providers whose failure is not ours
 
 
-def _llama(**more: Any) -> CausalCase:
-    """Two layers of Llama-3-8B with a small vocabulary, all linears adapted, bf16."""
+def few_layers(model: str, **more: Any) -> CausalCase:
+    """Two layers of a model with a small vocabulary, all linears adapted, bf16."""
     settings = {"num_hidden_layers": 2, "vocab_size": 32000}
-    return CausalCase("llama-3-8b", settings=tuple(settings.items()), **more)
+    return CausalCase(model, settings=tuple(settings.items()), **more)
 
 
 @dataclass(frozen=True)
@@ -80,31 +82,41 @@ class Setting:
     routes: tuple[str, ...] = ("split", "thin")
     timed_tokens: tuple[int, ...] = (8192, 1024)
     timed_ranks: tuple[int, ...] = (16, 64)
-    step: CausalCase = field(default_factory=lambda: _llama(batch=2, length=2048))
-    memory: CausalCase = field(default_factory=lambda: _llama(batch=4, length=2048))
+    block: tuple[int, int, int] = (4096, 14336, 1024)  # hidden size, that of the MLP, that of k and v
+    steps: tuple[CausalCase, ...] = field(
+        default_factory=lambda: (
+            few_layers("llama-3-8b", batch=2, length=2048),
+            few_layers("qwen2.5-7b", batch=2, length=2048),
+        )
+    )
+    memory: CausalCase = field(default_factory=lambda: few_layers("llama-3-8b", batch=4, length=2048))
     budget_s: float = 2.0
+    capture: Capture = captured
 
     def layer(self, shape: tuple[int, int], tokens: int, rank: int, p: float, dtype: torch.dtype) -> LayerCase:
         """A layer on this device."""
         return LayerCase(*shape, tokens, rank, p, dtype, self.device, label=f"{shape[0]}x{shape[1]}")
 
+    def block_of(self, tokens: int, p: float) -> BlockCase:
+        """A block on this device, of the first rank and dtype."""
+        hidden, inner, kv = self.block
+        common = (tokens, self.ranks[0], p, self.dtypes[0], self.device)
+        return BlockCase(hidden, inner, *common, label="block", kv_features=kv)
+
 
 def stages(setting: Setting) -> list[Stage]:
-    """All stages, most important first."""
+    """All stages, most important first; together they may take just under 20 minutes."""
     tests = [Case(keyword, partial(run_tests, keyword)) for keyword in KERNEL_TESTS]
-    correct, kernels = list(correctness_cases(setting)), list(kernel_cases(setting))
-    layers, models, memory = (
-        list(layer_cases(setting)),
-        list(model_cases(setting)),
-        list(memory_cases(setting)),
-    )
     return [
-        Stage("tests", "kernel tests on this device", tests, case_seconds=PYTEST_SECONDS + 20),
-        Stage("correct", "y and gradients at real sizes against float64", correct),
-        Stage("kernels", "kernels against library GEMMs and memory bandwidth", kernels),
-        Stage("layers", "a layer against eager PEFT, torch.compile, the frozen linear", layers, case_seconds=150),
-        Stage("model", "a training step of two Llama-shaped layers", models),
-        Stage("memory", "peak memory and bytes kept of that step", memory),
+        Stage("tests", "kernel tests on this device", tests, 220, case_seconds=PYTEST_SECONDS + 20),
+        Stage("correct", "y and gradients at real sizes against float64", list(correctness_cases(setting)), 170),
+        Stage("sanitizer", "a small layer under compute-sanitizer", list(sanitizer_cases(setting)), 90),
+        Stage("kernels", "e, the price of beta = 1, bandwidth of thin kernels", list(kernel_cases(setting)), 160),
+        Stage("block", "the seven linears of a decoder layer", list(block_cases(setting)), 140, case_seconds=120),
+        Stage("layers", "a layer, over sizes, tokens, ranks, dropout", list(layer_cases(setting)), 170, 150),
+        Stage("model", "a training step of a few layers", list(model_cases(setting)), 110),
+        Stage("memory", "peak memory and bytes kept of that step", list(memory_cases(setting)), 50),
+        Stage("graph", "CUDA graphs: a new mask per replay, times without launches", list(graph_cases(setting)), 80),
     ]
 
 
@@ -158,109 +170,64 @@ def kernel_cases(setting: Setting) -> Iterator[Case]:
         yield Case(name, partial(time_kernels, layer, setting.routes, setting.budget_s))
 
 
-def ceilings(device: torch.device, budget_s: float) -> dict[str, float]:
-    """What the memory does at best here: GB/s of a large copy, bytes read plus bytes written."""
-    size = 1 << (30 if device.type == "cuda" else 22)
-    source = torch.empty(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times = interleave({"copy": Step(lambda _: target.copy_(source))}, clock_for(device), budget_s=budget_s)
-    return {"copy_gb_per_s": 2 * size / Spread.of(times["copy"]).p20 * 1e-6}
+def block_cases(setting: Setting) -> Iterator[Case]:
+    """Rows of the block; torch.compile comes last, its compile time would keep the others waiting."""
+    axes = (setting.timed_tokens, setting.dropouts)
+    blocks = [setting.block_of(tokens, p) for tokens, p in by_priority(*axes)]
+    for block in blocks:
+        yield Case(f"M{block.tokens} p{block.dropout:g}", partial(bench_block, block, None, setting.budget_s))
+    for block in blocks[: len(setting.dropouts)]:
+        names = ("frozen", "eager", "compile", "auto")
+        title = f"compile M{block.tokens} p{block.dropout:g}"
+        yield Case(title, partial(bench_block, block, names, setting.budget_s))
 
 
-def time_kernels(layer: LayerCase, routes: Sequence[str], budget_s: float, min_rounds: int = 5) -> dict[str, Any]:
-    """Microseconds, GB/s and TFLOP/s of every launch; e and the cost of beta = 1 from the same interleaved
-    run.
-
-    e is the library's GEMM time over that of Triton's GEMM with the low-rank term in its accumulator: 1 means
-    that the term came for free.
-    """
-    launches = {f"{route}:{way}": found for route in routes for way, found in recorded(route, layer).items()}
-    steps = library_gemms(layer)
-    for key, found in launches.items():
-        for index, launch in enumerate(found):
-            steps[f"{key}:{index}:{launch.name}"] = Step(lambda _, launch=launch: launch.run())
-    times = interleave(steps, clock_for(layer.device), budget_s=budget_s, min_rounds=min_rounds)
-    result: dict[str, Any] = {"library_us": {k: 1e3 * Spread.of(times[k]).p50 for k in library_gemms_names()}}
-    for way in ("forward", "backward"):
-        result[f"beta1_cost_{way}"] = paired_ratio(times[f"addmm:{way}"], times[f"mm:{way}"]).p50 - 1
-    result["launches"] = [
-        described(key, index, launch, Spread.of(times[f"{key}:{index}:{launch.name}"]).p50)
-        for key, found in launches.items()
-        for index, launch in enumerate(found)
-    ]
-    for way, gemm in GEMMS.items():
-        for key in steps:
-            if key.startswith(f"split:{way}:") and key.rpartition(":")[2].startswith(gemm):
-                result[f"e_{way}"] = paired_ratio(times[f"mm:{way}"], times[key]).p50
-    return result
-
-
-def recorded(route: str, layer: LayerCase) -> dict[str, list[Any]]:
-    """The launches that one forward and one backward make, arguments and all, ready to be run again."""
-    from lowrank_fused.kernels.launch import record
-
-    provider = providers_for([route], layer)[0]
-    o = provider.operands(layer)
-    with record() as forward:
-        y = provider(o, layer.dropout)
-    # Launches are recorded in the thread that asks for it; autograd would use one of its own on a GPU.
-    with torch.autograd.set_multithreading_enabled(False), record() as backward:
-        torch.autograd.grad(y, provider.leaves(o), o.dy)
-    if route in ("thin", "split") and not (forward and backward):
-        raise RuntimeError(f"route {route} made launches that were not recorded: {forward=}, {backward=}")
-    return {"forward": forward, "backward": backward}
-
-
-def library_gemms_names() -> tuple[str, ...]:
-    """x Wᵀ and dy W, written anew or added to what is there."""
-    return ("mm:forward", "addmm:forward", "mm:backward", "addmm:backward")
-
-
-def library_gemms(layer: LayerCase) -> dict[str, Step]:
-    """The frozen GEMMs of the layer by the library, with beta = 0 and beta = 1."""
-    o = Operands.random(layer)
-    x, w, dy = o.x.detach(), o.weight, o.dy
-    y, dx = torch.zeros_like(dy), torch.zeros_like(x)
-    return {
-        "mm:forward": Step(lambda _: torch.mm(x, w.t(), out=y)),
-        "addmm:forward": Step(lambda _: y.addmm_(x, w.t())),
-        "mm:backward": Step(lambda _: torch.mm(dy, w, out=dx)),
-        "addmm:backward": Step(lambda _: dx.addmm_(dy, w)),
-    }
-
-
-def described(key: str, index: int, launch: Any, ms: float) -> dict[str, Any]:
-    """One launch as a row: what it is, its tile, its time, and what its declared bytes and FLOPs come to."""
-    moved = launch.bytes_read + launch.bytes_written
-    return {
-        "route": key,
-        "index": index,
-        "kernel": launch.name,
-        "tile": asdict(launch.tile),
-        "us": 1e3 * ms,
-        "gb_per_s": moved / ms * 1e-6,
-        "tflops": launch.flops / ms * 1e-9,
-    }
+def bench_block(block: BlockCase, names: Sequence[str] | None, budget_s: float) -> list[dict[str, Any]]:
+    """Rows of a block for forward and for forward plus backward."""
+    providers = block_providers(names or default_names(block), block)
+    return told(measure(block, providers, ("both", "forward"), judge=check_block, budget_s=budget_s))
 
 
 def layer_cases(setting: Setting) -> Iterator[Case]:
-    """Rows of the benchmark; torch.compile comes last, its compile time would keep the others waiting."""
-    axes = (setting.timed_tokens, setting.dropouts, setting.shapes)
+    """Rows of layers: sizes, tokens and dropout, then ranks; last what compiles or patches for a long time."""
+    first, dtype = setting.ranks[0], setting.dtypes[0]
     points = [
-        (setting.layer(shape, tokens, setting.ranks[0], p, setting.dtypes[0]), f"M{tokens} p{p:g}")
-        for tokens, p, shape in by_priority(*axes)
+        setting.layer(shape, tokens, first, p, dtype)
+        for tokens, p, shape in by_priority(setting.timed_tokens, setting.dropouts, setting.shapes)
     ]
-    for layer, size in points:
-        yield Case(f"{layer.label} {size}", partial(bench_layer, layer, None, setting.budget_s))
-    for layer, size in points[: len(setting.shapes) * len(setting.dropouts)]:
+    square = (setting.shapes[0], setting.timed_tokens[0])
+    ranks = [setting.layer(*square, rank, p, dtype) for rank in setting.ranks[1:] for p in setting.dropouts[-1:]]
+    for layer in [*points, *ranks]:
+        yield Case(titled(layer), partial(bench_layer, layer, None, setting.budget_s))
+    for layer in points[: len(setting.shapes) * len(setting.dropouts)]:
         names = ("frozen", "eager", "compile", "auto")
-        yield Case(f"compile {layer.label} {size}", partial(bench_layer, layer, names, setting.budget_s))
+        yield Case(f"compile {titled(layer)}", partial(bench_layer, layer, names, setting.budget_s))
+    for name in PUBLISHED:
+        for p in setting.dropouts:
+            layer = setting.layer(*square, first, p, dtype)
+            yield Case(f"{name} {titled(layer)}", partial(bench_published, layer, name, setting.budget_s))
+
+
+def titled(layer: LayerCase) -> str:
+    """A case's name in its stage."""
+    return f"{layer.label} M{layer.tokens} r{layer.rank} p{layer.dropout:g}"
 
 
 def bench_layer(layer: LayerCase, names: Sequence[str] | None, budget_s: float) -> list[dict[str, Any]]:
-    """Rows for forward and for forward plus backward; a route of ours without a number is a failure."""
-    providers: list[Provider] = providers_for(names or default_names(layer), layer)
-    rows = measure(layer, providers, ("both", "forward"), budget_s=budget_s)
+    """Rows of a layer for forward and for forward plus backward."""
+    providers = providers_for(names or default_names(layer), layer)
+    return told(measure(layer, providers, ("both", "forward"), budget_s=budget_s))
+
+
+def bench_published(layer: LayerCase, name: str, budget_s: float) -> Any:
+    """Rows of others' kernels beside ours, or why there are none."""
+    if reason := why_not(name, layer.device, layer.dropout, layer.bias):
+        return {"skipped": reason}
+    return bench_layer(layer, ("frozen", "eager", "auto", name), budget_s)
+
+
+def told(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows as plain values; raises, rows and all, where one of ours has no number."""
     result = [asdict(row) for row in rows]
     faults = {row.provider: row.status for row in rows if row.status != "ok" and row.provider not in OTHERS}
     if faults:
@@ -269,26 +236,26 @@ def bench_layer(layer: LayerCase, names: Sequence[str] | None, budget_s: float) 
 
 
 def model_cases(setting: Setting) -> Iterator[Case]:
-    """One case per dropout."""
-    for p in setting.dropouts:
-        yield Case(
-            f"p{p:g}",
-            partial(time_model, replace(setting.step, dropout=p, device=setting.device), setting.budget_s),
-        )
+    """Every model with every dropout, then the first one compiled."""
+    for p, step in by_priority(setting.dropouts, setting.steps):
+        case = replace(step, dropout=p, device=setting.device)
+        yield Case(f"{case.model} p{p:g}", partial(time_model, case, None, setting.budget_s))
+    case = replace(setting.steps[0], dropout=setting.dropouts[0], device=setting.device)
+    names = ("frozen", "eager", "compile", "inject")
+    yield Case(f"compile {case.model} p{case.dropout:g}", partial(time_model, case, names, setting.budget_s))
 
 
-def time_model(case: CausalCase, budget_s: float) -> dict[str, Any]:
-    """Milliseconds of PEFT's step and ours in turn, and their ratio."""
-    runs = {name: make() for name, make in causal_steps(case).items()}
-    first_loss = {name: run.run().item() for name, run in runs.items()}
-    steps = {name: run.step() for name, run in runs.items()}
-    times = interleave(steps, clock_for(case.device), budget_s=4 * budget_s, min_rounds=5)
-    return {
-        "first_loss": first_loss,
-        "tokens": case.batch * case.length,
-        "ms": {name: asdict(Spread.of(values)) for name, values in times.items()},
-        "speedup": asdict(paired_ratio(times["peft"], times["ours"])),
-    }
+def time_model(case: CausalCase, names: Sequence[str] | None, budget_s: float) -> list[dict[str, Any]]:
+    """Rows of the steps of all providers that compute what PEFT does, in turn."""
+    rows, runs = [], {}
+    for name in names or default_steps(case):
+        try:
+            check_steps(case, [name])
+            runs[name] = causal_steps(case, [name])[name]().step()
+        except Exception as failure:  # the others go on
+            rows.append(case.row(name, status=f"{type(failure).__name__}: {failure}"))
+    times = interleave(runs, clock_for(case.device), budget_s=4 * budget_s, min_rounds=5)
+    return told([*rows, *(timed_row(case.row(name, clock=clock_name(case.device)), times) for name in times)])
 
 
 def memory_cases(setting: Setting) -> Iterator[Case]:
@@ -307,7 +274,46 @@ def model_memory(case: CausalCase) -> dict[str, Any]:
         kept = kept_bytes(run.loss, run.model.parameters())
         found[name] = {
             "peak_mib": None if peak is None else peak / 2**20,
-            "kept_bytes_per_token": kept / (case.batch * case.length),
+            "kept_bytes_per_token": kept / case.tokens,
         }
         del run
     return found
+
+
+def graph_cases(setting: Setting) -> Iterator[Case]:
+    """Masks first, then a whole step, then times of what is bound by launches without a graph."""
+    p, dtype = setting.dropouts[-1], setting.dtypes[0]
+    for route in setting.routes:
+        layer = setting.layer(setting.shapes[0], setting.timed_tokens[-1], setting.ranks[0], p, dtype)
+        yield Case(f"masks {route} {titled(layer)}", partial(replayed_masks, route, layer, setting.capture))
+    step = replace(setting.steps[0], dropout=p, device=setting.device)
+    yield Case(f"step {step.model} p{p:g}", partial(replayed_step, step, setting.capture, setting.budget_s))
+    for tokens, p in by_priority(setting.timed_tokens[::-1], setting.dropouts):
+        block = setting.block_of(tokens, p)
+        name = f"block M{tokens} p{block.dropout:g}"
+        yield Case(name, partial(bench_replays, block, setting.capture, setting.budget_s))
+
+
+def bench_replays(block: BlockCase, capture: Capture, budget_s: float) -> list[dict[str, Any]]:
+    """Rows of the block under replay."""
+    return told(time_replays(block, block_providers(default_names(block), block), capture, budget_s))
+
+
+def sanitizer_cases(setting: Setting) -> Iterator[Case]:
+    """Every route under memcheck, then under racecheck."""
+    for tool, route in product(("memcheck", "racecheck"), setting.routes):
+        yield Case(f"{tool} {route}", partial(sanitize, tool, route, setting.device.type))
+
+
+def sanitize(tool: str, route: str, device: str) -> dict[str, Any]:
+    """A small forward and backward under compute-sanitizer, where there is one; its report is the error."""
+    found = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if found is None:
+        return {"skipped": "compute-sanitizer is not installed"}
+    command = [found, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "bench.sanitized", route, device]
+    # A caching allocator hands out parts of large blocks, beyond whose ends nothing looks wrong.
+    apart = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=apart, capture_output=True, text=True, timeout=80)
+    if done.returncode != 0:
+        raise RuntimeError(f"{tool} exit {done.returncode}: {(done.stdout + done.stderr)[-3500:]}")
+    return {"report": done.stdout.strip().splitlines()[-1:]}

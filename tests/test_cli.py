@@ -203,7 +203,7 @@ def test_bench_writes_what_it_shows(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "a" / "rows.json").read_text())
     with (tmp_path / "b" / "rows.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == len(content["rows"]) == 2 * 2 * len(("frozen", "eager", "reference", "addmm"))
+    assert len(lines) == len(content["rows"]) == 2 * 2 * len(("frozen", "eager", "three-gemm", "reference", "addmm"))
     assert all(row["status"] == "ok" and row["ms_p50"] > 0 for row in content["rows"])
     assert {(row["mode"], row["dropout"]) for row in content["rows"]} == {
         (mode, p) for mode in ("forward", "both") for p in (0.0, 0.25)

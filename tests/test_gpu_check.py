@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import gpu_check, gpu_stages, stages
+from bench import gpu_check, gpu_graph, gpu_kernels, gpu_stages, stages
+from bench.causal import CausalCase
 from bench.gpu_stages import Setting
-from bench.model_step import CausalCase
 from bench.stages import Case, Stage, Store, run_stage
+from lowrank_fused.benchmark import Step
 from lowrank_fused.routes import unavailable
 
 CPU = torch.device("cpu")
@@ -28,6 +32,21 @@ TINY_LLAMA = {
     "vocab_size": 200,
 }
 TINY_MODEL = CausalCase("llama-3-8b", batch=2, length=16, rank=4, settings=tuple(TINY_LLAMA.items()))
+
+
+def pretended(run: Callable[[], Any], device: torch.device) -> tuple[Step, Any]:
+    """What a CUDA graph does, without one: each replay computes anew, into the tensors of the capture."""
+    result = run()
+    tensors = result if isinstance(result, tuple) else (result,)
+
+    def replay(_: Any) -> None:
+        again = run()
+        for old, new in zip(tensors, again if isinstance(again, tuple) else (again,), strict=True):
+            old.data.copy_(new)
+
+    return Step(replay), result
+
+
 TINY = Setting(
     device=CPU,
     shapes=((64, 48), (48, 80)),
@@ -36,9 +55,11 @@ TINY = Setting(
     routes=("reference", "addmm"),
     timed_tokens=(33,),
     timed_ranks=(8,),
-    step=TINY_MODEL,
+    block=(64, 96, 32),
+    steps=(TINY_MODEL,),
     memory=TINY_MODEL,
     budget_s=0.0,
+    capture=pretended,
 )
 
 
@@ -129,8 +150,10 @@ def test_important_points_come_first() -> None:
 
 def test_the_real_plan_is_complete() -> None:
     plan = gpu_stages.stages(Setting())
-    assert [stage.name for stage in plan] == ["tests", "correct", "kernels", "layers", "model", "memory"]
-    assert all(stage.seconds < 240 for stage in plan)
+    assert [stage.name for stage in plan] == [
+        "tests", "correct", "sanitizer", "kernels", "block", "layers", "model", "memory", "graph"
+    ]  # fmt: skip
+    assert all(stage.seconds < 240 for stage in plan) and sum(stage.seconds for stage in plan) < 20 * 60
     for stage in plan:
         names = [case.name for case in stage.cases]
         assert len(set(names)) == len(names) > 0
@@ -154,7 +177,7 @@ def test_a_wrong_route_fails_its_case(store: Store, monkeypatch: pytest.MonkeyPa
 
     good = providers.lowrank_linear
     monkeypatch.setattr(providers, "lowrank_linear", lambda *given, **named: good(*given, **named) * 1.5)
-    for stage in (gpu_stages.stages(TINY)[1], gpu_stages.stages(TINY)[3]):
+    for stage in (gpu_stages.stages(TINY)[i] for i in (1, 4, 5)):
         first = Stage(stage.name, stage.what, stage.cases[:1])
         run_stage(first, store, time.time() + 60)
         assert set(statuses(store, stage.name).values()) == {"failed"}
@@ -176,10 +199,69 @@ def test_results_of_the_stages(store: Store) -> None:
         "addmm:backward",
     }
     assert {row["provider"] for row in results["layers"][0]} >= {"frozen", "eager", "addmm"}
-    losses = results["model"][0]["first_loss"]
-    assert losses["peft"] == pytest.approx(losses["ours"], rel=1e-2)
+    steps = {row["provider"]: row for row in results["model"][0]}
+    assert {"frozen", "eager", "eager-fp32", "accelerate", "accelerate-fp32", "inject"} == set(steps)
+    assert steps["frozen"]["ms_p50"] < steps["eager"]["ms_p50"] and steps["inject"]["speedup"] > 0
     kept = results["memory"][1]
-    assert kept["ours"]["kept_bytes_per_token"] < kept["peft"]["kept_bytes_per_token"], "with dropout"
+    assert kept["inject"]["kept_bytes_per_token"] < kept["eager"]["kept_bytes_per_token"], "with dropout"
+
+
+def frozen_seed(run: Callable[[], Any], device: torch.device) -> tuple[Step, Any]:
+    """A graph that draws the same random numbers in every replay."""
+
+    def repeated() -> Any:
+        torch.manual_seed(7)
+        return run()
+
+    return pretended(repeated, device)
+
+
+def test_replays_with_one_mask_are_found_out() -> None:
+    layer = TINY.layer((64, 48), 33, 8, 0.1, torch.float32)
+    found = gpu_graph.replayed_masks("addmm", layer, pretended)
+    assert len(found["kept"]) == 3 and min(found["different_from_the_replay_before"]) > 0.1
+    with pytest.raises(AssertionError, match="replays repeat their masks"):
+        gpu_graph.replayed_masks("addmm", layer, frozen_seed)
+
+
+@pytest.mark.parametrize(("broken", "what"), [(0, "mask of y"), (2, "mask of dA")])
+def test_a_replay_whose_masks_disagree_is_found_out(broken: int, what: str) -> None:
+    def disagreeing(run: Callable[[], Any], device: torch.device) -> tuple[Step, Any]:
+        return pretended(lambda: tuple(t * (1.05 if i == broken else 1.0) for i, t in enumerate(run())), device)
+
+    layer = TINY.layer((64, 48), 33, 8, 0.1, torch.float32)
+    with pytest.raises(AssertionError, match=what):
+        gpu_graph.replayed_masks("addmm", layer, disagreeing)
+
+
+def test_a_replay_that_does_not_train_is_found_out() -> None:
+    def idle(run: Callable[[], Any], device: torch.device) -> tuple[Step, Any]:
+        return Step(lambda _: None), run()
+
+    with pytest.raises(AssertionError, match="left 14 of 14 factors"):
+        gpu_graph.replayed_step(TINY_MODEL, idle, 0.0)
+
+
+FAKE_SANITIZER = """#!/bin/sh
+# compute-sanitizer --tool NAME --error-exitcode N COMMAND...
+echo "$2" >> "$0.log"; shift 4
+"$@" || exit 9
+echo "ERROR SUMMARY: 0 errors"
+"""
+
+
+def test_the_sanitizer_runs_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as nowhere:
+        nowhere.setattr(shutil, "which", lambda name: None)
+        assert gpu_stages.sanitize("memcheck", "addmm", "cpu") == {"skipped": "compute-sanitizer is not installed"}
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(FAKE_SANITIZER)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert gpu_stages.sanitize("racecheck", "addmm", "cpu") == {"report": ["ERROR SUMMARY: 0 errors"]}
+    assert (tmp_path / "compute-sanitizer.log").read_text() == "racecheck\n"
+    with pytest.raises(RuntimeError, match="(?s)memcheck exit 9: .*no_such_route"):
+        gpu_stages.sanitize("memcheck", "no_such_route", "cpu")
 
 
 @pytest.mark.skipif(
@@ -189,7 +271,7 @@ def test_results_of_the_stages(store: Store) -> None:
 def test_kernels_are_timed_one_by_one() -> None:
     device = torch.device("cuda") if torch.cuda.is_available() else CPU
     layer = Setting(device=device).layer((32, 24), 9, 4, 0.1, torch.float32)
-    found = gpu_stages.time_kernels(layer, ("thin", "split"), budget_s=0.0, min_rounds=1)
+    found = gpu_kernels.time_kernels(layer, ("thin", "split"), budget_s=0.0, min_rounds=1)
     routes = [row["route"] for row in found["launches"]]
     assert routes.count("split:forward") == 2 and routes.count("split:backward") == 3
     assert routes.count("thin:forward") == 2 and routes.count("thin:backward") == 2
@@ -268,6 +350,7 @@ def test_a_hanging_process_is_stopped_with_its_children(tmp_path: Path) -> None:
 def test_a_case_that_hangs_ends_its_process(tmp_path: Path) -> None:
     program = f"""
 import time
+from collections.abc import Callable
 from pathlib import Path
 from bench.stages import Case, Stage, Store, run_stage
 cases = [Case("quick", dict), Case("hangs", lambda: time.sleep(60)), Case("behind", dict)]

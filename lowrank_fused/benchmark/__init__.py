@@ -14,7 +14,7 @@ from .measure import MODES, measure
 from .memory import kept_bytes, peak_bytes
 from .providers import PROVIDERS, Provider, default_names, providers_for
 from .record import Row, document, write_csv, write_json
-from .timing import Spread, Step, clock_for, interleave, paired_ratio
+from .timing import Spread, Step, clock_for, clock_name, interleave, paired_ratio
 
 __all__ = [
     "DTYPES",
@@ -28,6 +28,7 @@ __all__ = [
     "Step",
     "check",
     "clock_for",
+    "clock_name",
     "default_names",
     "document",
     "dtype_name",

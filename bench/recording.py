@@ -1,0 +1,54 @@
+"""One case of pytest-benchmark: what it is goes into `extra_info`, device times on a GPU too."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from lowrank_fused.benchmark import Row, Spread, Step, clock_for
+from lowrank_fused.benchmark.graph import captured
+
+__all__ = ["IDENTITY", "record"]
+
+# What tells one case from another; the numbers of a row are the recorder's.
+IDENTITY = (
+    "what", "label", "in_features", "out_features", "tokens", "rank", "dropout", "dtype", "device", "mode", "provider",
+    "routes", "kept_bytes_per_token",
+)  # fmt: skip
+DEVICE_ROUNDS = 20
+
+
+def record(benchmark: Any, row: Row, title: str, step: Step, device: torch.device, *, graph: bool = False) -> None:
+    """Time a step by the wall clock, as pytest-benchmark does, until the device has finished it.
+
+    On a GPU `device_ms` holds p20, p50 and p80 of CUDA events with a cold and a warm L2 cache, and of the replay of a
+    CUDA graph where `graph` says that the step can be captured. With `--benchmark-disable` everything runs once.
+    """
+    benchmark.group = title
+    benchmark.extra_info |= {name: value for name, value in asdict(row).items() if name in IDENTITY}
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        rounds = 1 if benchmark.disabled else DEVICE_ROUNDS
+        benchmark.extra_info["device_ms"] = _device_times(step, device, rounds, graph)
+
+    def run_and_wait(state: Any) -> None:
+        step.run(state)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+
+    benchmark.pedantic(run_and_wait, setup=lambda: ((step.prepare(),), {}), rounds=10, warmup_rounds=2)
+
+
+def _device_times(step: Step, device: torch.device, rounds: int, graph: bool) -> dict[str, dict[str, float]]:
+    steps = {"cold": (step, True), "warm": (step, False)}
+    if graph:
+        replay, _ = captured(lambda: step.run(step.prepare()), device)
+        steps |= {"graph, cold": (replay, True), "graph, warm": (replay, False)}
+    found = {}
+    for name, (timed, flush) in steps.items():
+        clock = clock_for(device, flush)
+        clock(timed)  # learns how long the host takes to enqueue it
+        found[name] = asdict(Spread.of([clock(timed) for _ in range(rounds)]))
+    return found
