@@ -15,7 +15,7 @@ __all__ = ["IDENTITY", "record"]
 # What tells one case from another; the numbers of a row are the recorder's.
 IDENTITY = (
     "what", "label", "in_features", "out_features", "tokens", "rank", "dropout", "dtype", "device", "mode", "provider",
-    "routes", "kept_bytes_per_token",
+    "routes", "kept_bytes_per_token", "flops", "bytes",
 )  # fmt: skip
 DEVICE_ROUNDS = 20
 

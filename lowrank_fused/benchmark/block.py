@@ -60,6 +60,12 @@ class BlockCase(Case):
         """The sum over the linears."""
         return sum(layer.flops(mode) for layer in self.layers().values())
 
+    def bytes(self, mode: str) -> int:
+        """As for layers; linears that share an input read it once in each direction and write its gradient once."""
+        total = sum(layer.bytes(mode) for layer in self.layers().values())
+        shared = {"forward": 1, "backward": 2, "both": 3}[mode] * self.tokens * self.in_features
+        return total - 3 * shared * self.dtype.itemsize  # x serves three linears, x2 two
+
 
 @dataclass
 class BlockOperands:

@@ -70,6 +70,14 @@ class Case:
         forward, backward = base + thin, base + 2 * thin
         return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
 
+    def bytes(self, mode: str) -> int:
+        """What must move at least: x, W and dy read, y and dx written, in each direction for itself."""
+        x, y = self.tokens * self.in_features, self.tokens * self.out_features
+        weight = self.in_features * self.out_features
+        forward, backward = x + weight + y, y + weight + 2 * x
+        elements = {"forward": forward, "backward": backward, "both": forward + backward}[mode]
+        return elements * self.dtype.itemsize
+
 
 @dataclass
 class Operands:

@@ -23,7 +23,8 @@ class Row:
     `speedup` is PEFT's eager arithmetic (adapters of the same dtype) over this provider, `overhead` this
     provider over the frozen linear, both the median of the ratios within rounds. `routes` are those that
     "auto" chose, forward and backward. `status` is "ok", or why there is no number. `what` is a layer, a block
-    or a training step, `clock` what the times were taken with.
+    or a training step, `clock` what the times were taken with. `flops` and `bytes` are what the mathematics needs,
+    every operand read and every result written once.
     """
 
     label: str
@@ -51,6 +52,8 @@ class Row:
     peak_mib: float | None = None
     what: str = "layer"
     clock: str | None = None
+    flops: int | None = None
+    bytes: int | None = None
 
     @classmethod
     def of(cls, case: Case, provider: str, mode: str, **numbers: Any) -> Row:
@@ -67,6 +70,8 @@ class Row:
             mode=mode,
             provider=provider,
             what=case.what,
+            flops=case.flops(mode),
+            bytes=case.bytes(mode),
             **numbers,
         )
 

@@ -13,6 +13,7 @@ from .common import EXIT_CODES
 from .doctor import doctor
 from .inspect import inspect
 from .methods import methods_command
+from .report import report
 from .reproduce import reproduce_command
 from .roofline import roofline
 
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "bench": bench,
     "inspect": inspect,
     "roofline": roofline,
+    "report": report,
     "demo": demo,
     "reproduce": reproduce_command,
 }
