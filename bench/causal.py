@@ -162,7 +162,8 @@ def _with_ours(model: nn.Module, case: CausalCase) -> nn.Module:
 def factors_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trained factors by path of their linear and A or B, the same for PEFT and for us."""
     found = {}
-    for name, parameter in model.named_parameters():
+    trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    for name, parameter in trained:
         if match := re.fullmatch(r"(?:base_model\.model\.)?(.*)\.lora_([AB])(?:\.default\.weight)?", name):
             found[f"{match[1]} {match[2]}"] = parameter
     return found

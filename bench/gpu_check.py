@@ -1,7 +1,8 @@
 """Everything that a GPU is needed for, in one command: `python -m bench.gpu_check` (or `make gpu-check`).
 
 Stages run in order of priority, each in a process of its own; every finished case is written to
-bench/results/<gpu>/gpu_check.json at once, and a later run goes on where an earlier one stopped.
+bench/results/<gpu>/gpu_check.json at once, and a later run goes on where an earlier one stopped. In the end a report
+is written beside it, and README's table of what was measured.
 
 Exit status: 0 all done and well, 1 a case failed, 3 no CUDA device here, 4 time ran out (run it again).
 """
@@ -24,9 +25,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench import readme
 from bench.gpu_stages import Setting, stages
 from bench.stages import ROOT, Stage, Store, run_stage
 from lowrank_fused.benchmark.record import commit
+from lowrank_fused.report import load, write_report
 from lowrank_fused.tools.doctor import environment
 
 ALL_WELL, FAILED, NO_GPU, UNFINISHED = 0, 1, 3, 4
@@ -124,6 +127,18 @@ def summary(plan: Sequence[Stage], store: Store, console: Console) -> int:
     return UNFINISHED if left else ALL_WELL
 
 
+def publish(path: Path, *, in_readme: bool) -> None:
+    """Report beside the store, and README's table, as far as there are results."""
+    try:
+        written = write_report(load([path]), path.parent)
+    except ValueError as nothing:
+        print(f"no report: {nothing}")
+        return
+    print(f"report: {written[0]}")
+    if in_readme:
+        readme.main([])
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -169,6 +184,8 @@ def check_device(device: torch.device, setting: Setting, given: argparse.Namespa
         after: dict[str, Any] = store.content.setdefault("gpus_after_stage", {})
         after[stage.name] = environment()["gpus"]
         store.save()
+    if not given.stage:
+        publish(store.path, in_readme=given.out == RESULTS)
     return summary(chosen, store, Console())
 
 

@@ -9,12 +9,14 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_fused.benchmark import (
     Case,
@@ -30,12 +32,15 @@ from lowrank_fused.benchmark import (
     measure,
     paired_ratio,
     providers_for,
+    published,
     write_csv,
     write_json,
 )
 from lowrank_fused.benchmark.accuracy import SEED, recovered_mask
+from lowrank_fused.benchmark.block import BlockCase, BlockProvider, block_providers, check_block
 from lowrank_fused.benchmark.measure import gate, ratios
 from lowrank_fused.benchmark.providers import eager
+from lowrank_fused.benchmark.published import PUBLISHED, published_forward, why_not
 from lowrank_fused.benchmark.record import commit
 from lowrank_fused.benchmark.timing import CudaClock
 from lowrank_fused.dropout import draw_keep, draw_seed, unpadded
@@ -98,8 +103,129 @@ def test_gate_passes_every_default_provider(dtype: torch.dtype, dropout: float) 
     case = replace(SMALL, dtype=dtype, dropout=dropout, bias=True)
     verdicts = {p.name: gate(p, case) for p in providers_for(default_names(case), case)}
     assert set(verdicts.values()) == {"ok"}, verdicts
-    assert {"frozen", "eager", "reference", "addmm"} <= set(verdicts)
+    assert {"frozen", "eager", "three-gemm", "reference", "addmm"} <= set(verdicts)
     assert ("auto-fp32" in verdicts) == (dtype != torch.float32)
+
+
+def test_three_gemm_makes_the_products_that_it_says() -> None:
+    """9 without dropout; what it keeps is x alone, or x with dropout's own mask beside it."""
+    (provider,) = providers_for(["three-gemm"], SMALL)
+    o = provider.operands(SMALL)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _products}) as counter:
+        torch.autograd.grad(provider(o, 0.0), o.leaves(), o.dy)
+    thin = 2 * SMALL.tokens * SMALL.rank
+    base = 2 * SMALL.tokens * SMALL.in_features * SMALL.out_features
+    # x Aᵀ twice, dA and g A; the term in y, dy B and dB.
+    expected = 2 * base + thin * (4 * SMALL.in_features + 3 * SMALL.out_features)
+    assert counter.get_total_flops() == expected
+    assert kept_bytes(lambda: provider(o, 0.0), o.parameters()) == o.x.nbytes
+
+
+def _products(_: Any, p: Any, q: Any, **options: Any) -> int:
+    return 2 * p[0] * p[1] * q[1]
+
+
+def test_published_kernels_say_why_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in PUBLISHED:
+        with pytest.raises(UnsupportedError, match=f"{name} is not installed .https://github.com"):
+            providers_for([name], SMALL)
+    assert not set(PUBLISHED) & set(default_names(SMALL))
+    monkeypatch.setattr(published.importlib.util, "find_spec", lambda name: object())
+    cuda = torch.device("cuda")
+    assert "CUDA device" in str(why_not("unsloth", torch.device("cpu"), 0.0, False))
+    assert why_not("unsloth", cuda, 0.0, False) is None and why_not("lorafusion", cuda, 0.1, True) is None
+    assert why_not("unsloth", cuda, 0.1, False) == "unsloth does not train with dropout"
+    assert why_not("lorafusion", cuda, 0.0, False) == "lorafusion does not train without dropout"
+    assert why_not("unsloth", cuda, 0.0, True) == "unsloth takes no bias"
+    with pytest.raises(UnsupportedError, match=r"importing unsloth\.kernels\.fast_lora\.LoRA_W failed"):
+        published_forward("unsloth", cuda, 0.0, False)
+
+
+def test_published_kernels_are_called_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins with the signatures of the published functions, which take [batch, tokens, features]."""
+
+    def fused_linear_lora(x, linear_w, lora_a, lora_b, alpha, seed=None, dropout_p=0.0, linear_bias=None):
+        assert x.ndim == 3 and 0 <= seed < 2**30
+        dropped = F.dropout(x, dropout_p) if dropout_p else x
+        return F.linear(x, linear_w, linear_bias) + F.linear(F.linear(dropped, lora_a), lora_b) * alpha
+
+    class LoRA_W:
+        @staticmethod
+        def apply(X, W, W_quant, A, B, S):
+            assert X.ndim == 3 and W_quant is None
+            return F.linear(X, W) + F.linear(F.linear(X, A), B) * S
+
+    modules = {
+        "lorafusion.ops.lora_v1": SimpleNamespace(fused_linear_lora=fused_linear_lora),
+        "unsloth.kernels.fast_lora": SimpleNamespace(LoRA_W=LoRA_W),
+    }
+    monkeypatch.setattr(published, "why_not", lambda *_: None)
+    monkeypatch.setattr(published.importlib, "import_module", modules.__getitem__)
+    for name, dropout in (("lorafusion", 0.0), ("lorafusion", 0.3), ("unsloth", 0.0)):
+        case = replace(SMALL, dropout=dropout)
+        (provider,) = providers_for([name], case)
+        assert gate(provider, case) == "ok"
+
+
+BLOCK = BlockCase(48, 80, 17, 5, kv_features=24)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_shares_its_inputs(dtype: torch.dtype, dropout: float) -> None:
+    case = replace(BLOCK, dtype=dtype, dropout=dropout)
+    providers = block_providers(default_names(case), case)
+    rows = measure(case, providers, judge=check_block, budget_s=0)
+    assert {row.status for row in rows} == {"ok"} and {row.what for row in rows} == {"block"}
+    o = providers[0].operands(case)
+    assert [list(o.inputs), len(o.leaves()), len(o.dy)] == [["x", "attention", "x2", "h"], 4 + 14, 7]
+    assert o.layers["q"].x is o.layers["v"].x and o.layers["gate"].x is o.layers["up"].x
+    ours = next(row for row in rows if row.provider == "addmm")
+    if not dropout:  # four inputs once each and s of every linear
+        assert ours.kept_bytes_per_token == dtype.itemsize * (3 * 48 + 80 + 7 * 5)
+
+
+def test_work_of_a_block() -> None:
+    m, h, i, k = 17, 48, 80, 24
+    weights = 2 * h * h + 2 * h * k + 3 * h * i
+    assert BLOCK.flops("forward") == 2 * m * weights + 2 * m * 5 * (4 * h + 2 * (h + k) + 3 * (h + i))
+    outputs = 3 * h + 2 * k + 2 * i  # q, o, down; k, v; gate, up
+    inputs = 3 * h + i
+    assert BLOCK.bytes("forward") == 4 * (weights + m * (inputs + outputs))
+    assert BLOCK.bytes("backward") == 4 * (weights + m * (2 * inputs + outputs))
+    assert BLOCK.bytes("both") == BLOCK.bytes("forward") + BLOCK.bytes("backward")
+
+
+class ForgetsUp(torch.autograd.Function):
+    """Adds, and sends the gradient to the first alone."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(grad)
+
+
+def test_the_gate_of_a_block_sees_one_wrong_linear() -> None:
+    def wrong_when_narrow(x, weight, a, b, bias, scale, p):
+        return eager(x, weight, a, b, bias, scale * (1.01 if len(weight) == 24 else 1.0), p)
+
+    def forgets_a_path(x, weight, a, b, bias, scale, p):
+        low_rank = F.linear(F.linear(F.dropout(x, p), a), b) * scale
+        return ForgetsUp.apply(F.linear(x, weight), low_rank) if len(weight) == 80 else F.linear(x, weight) + low_rank
+
+    for fault, dropout, where in ((wrong_when_narrow, 0.3, "y of k"), (forgets_a_path, 0.0, "gradient of x2")):
+        provider = BlockProvider(spoiled(fault))
+        assert f"wrong: {where}" in gate(provider, replace(BLOCK, dropout=dropout), check_block)
+
+
+def test_a_block_compiles_as_one_function() -> None:
+    (provider,) = block_providers(["compile"], BLOCK)
+    assert provider.compiled is not None and block_providers(["eager"], BLOCK)[0].compiled is None
+    with pytest.raises(ValueError, match="kv_features must be at least the rank, 5, got 4"):
+        replace(BLOCK, kv_features=4)
 
 
 def test_recovered_mask_is_the_one_that_was_drawn() -> None:

@@ -13,7 +13,7 @@ from ..testing import assert_as_accurate_as_torch
 from .case import Case, Operands
 from .providers import Provider
 
-__all__ = ["check", "double", "recovered_mask", "seeded"]
+__all__ = ["absolute", "check", "double", "recovered_mask", "seeded"]
 
 SEED = 20_240_607
 
@@ -48,8 +48,10 @@ def check(provider: Provider, case: Case, operands: Operands | None = None) -> N
     ours = _values(lambda o: seeded(provider, o, case.dropout), o)
     plain = _values(reference, o)
     exact = _values(reference, double(o))
-    for name, got, same_dtype, truth in zip(("y", "dx", "dA", "dB"), ours, plain, exact, strict=True):
-        assert_as_accurate_as_torch(got, same_dtype, truth, name)
+    magnitude = _values(reference, absolute(o))
+    names = ("y", "dx", "dA", "dB")
+    for name, got, same_dtype, truth, size in zip(names, ours, plain, exact, magnitude, strict=True):
+        assert_as_accurate_as_torch(got, same_dtype, truth, name, size)
 
 
 def recovered_mask(provider: Provider, o: Operands, dropout_p: float) -> Tensor:
@@ -88,16 +90,24 @@ def _values(forward: Callable[[Operands], Tensor], o: Operands) -> tuple[Tensor,
 
 def double(o: Operands) -> Operands:
     """The same, already rounded, values in float64."""
+    return _converted(o, lambda t: t.double())
 
+
+def absolute(o: Operands) -> Operands:
+    """Absolute values in float64: the same computation on them shows how large its intermediates get."""
+    return _converted(o, lambda t: t.double().abs())
+
+
+def _converted(o: Operands, convert: Callable[[Tensor], Tensor]) -> Operands:
     def leaf(t: Tensor) -> Tensor:
-        return t.detach().double().requires_grad_()
+        return convert(t.detach()).requires_grad_()
 
     return Operands(
         x=leaf(o.x),
-        weight=o.weight.double(),
+        weight=convert(o.weight),
         a=leaf(o.a),
         b=leaf(o.b),
-        bias=None if o.bias is None else o.bias.double(),
-        dy=o.dy.double(),
+        bias=None if o.bias is None else convert(o.bias),
+        dy=convert(o.dy),
         scale=o.scale,
     )

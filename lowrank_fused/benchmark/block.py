@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..linear import lowrank_linear_ref
 from ..testing import assert_as_accurate_as_torch
-from .accuracy import double, seeded
+from .accuracy import absolute, double, seeded
 from .case import Case, Operands
 from .providers import FP32, Provider, eager, providers_for
 
@@ -107,10 +107,11 @@ class BlockOperands:
         """What exists whether or not a backward follows."""
         return [parameter for o in self.layers.values() for parameter in o.parameters()]
 
-    def double(self) -> BlockOperands:
-        """The same values in float64, inputs shared as here."""
-        inputs = {name: x.detach().double().requires_grad_() for name, x in self.inputs.items()}
-        return BlockOperands({name: replace(double(o), x=inputs[LINEARS[name][0]]) for name, o in self.layers.items()})
+    def converted(self, convert: Callable[[Operands], Operands]) -> BlockOperands:
+        """The operands of every linear converted, inputs shared as here."""
+        layers = {name: convert(o) for name, o in self.layers.items()}
+        inputs = {LINEARS[name][0]: o.x for name, o in layers.items()}
+        return BlockOperands({name: replace(o, x=inputs[LINEARS[name][0]]) for name, o in layers.items()})
 
 
 @dataclass(frozen=True)
@@ -193,9 +194,10 @@ def check_block(provider: BlockProvider, case: BlockCase) -> None:
 
     ours = _values(provider, o, case.dropout)
     plain = _values(reference, o, case.dropout)
-    exact = _values(reference, o.double(), case.dropout)
+    exact = _values(reference, o.converted(double), case.dropout)
+    magnitude = _values(reference, o.converted(absolute), case.dropout)
     for name, got in ours.items():
-        assert_as_accurate_as_torch(got, plain[name], exact[name], name)
+        assert_as_accurate_as_torch(got, plain[name], exact[name], name, magnitude[name])
 
 
 def _mask(provider: BlockProvider, o: BlockOperands, wanted: str, dropout_p: float) -> Tensor:

@@ -131,11 +131,11 @@ def _gpu_check(path: str, content: Mapping[str, Any]) -> Results:
                 _add_kernels(results, result)
             elif isinstance(result, dict) and "copy_gb_per_s" in result:
                 results.ceilings = dict(result)
+    if not (results.rows or results.kernels):
+        raise ValueError(f"{path} has no rows: no stage of the check that measures has run yet")
     devices = {row.device for row in results.rows} or {"cuda"}
     source = _source(path, KINDS["stages"], content, content.get("environment"), devices)
     results.device, results.sources = source.device, [source]
-    if not (results.rows or results.kernels):
-        raise ValueError(f"{path} has no rows: no stage of the check that measures has run yet")
     _complete(results)
     return results
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import accumulate
+from math import log10
 from typing import Any
 
 from ..benchmark import Row
 from .results import Results
-from .tables import case_title, shown
+from .tables import case_title, layer_title, shown
 
 __all__ = ["overhead", "roofline", "speedup"]
 
@@ -20,26 +22,27 @@ COLOURS = {
 }  # fmt: skip
 OTHER = "#444444"
 OVER_LINES = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # letters stay legible where a line passes
-MOST_CASES, MOST_PANELS = 24, 6
+MOST_BARS, MOST_PANELS = 72, 6
+FIRST = ("block", "step", "layer")  # what says most about a model comes first
 BAR = 0.21  # inches
 KERNELS = ("#1f4e8c", "#d1495b", "#6fae7d", "#e0a13a", "#7f6fc0", "#4a9fa5", "#9aa1ab", "#b07aa1", "#b5c33a", "#444444")
 
 
 def speedup(results: Results) -> bytes | None:
     """Bars of the speed-up over eager PEFT with their 20 to 80 % range, case by case; None where there is none."""
-    cases = {case: [r for r in rows if r.speedup is not None] for case, rows in shown(results).items()}
-    # The baseline is 1 by definition: its bar would only take room.
-    cases = {case: [r for r in rows if r.provider.removesuffix("-fp32") != "eager"] for case, rows in cases.items()}
-    cases = {case: rows for case, rows in cases.items() if rows}
+    cases = [bars for rows in shown(results).values() if (bars := _bars(rows))]
     if not cases:
         return None
-    some = list(cases.values())[:MOST_CASES]
+    cases.sort(key=lambda rows: FIRST.index(rows[0].what) if rows[0].what in FIRST else len(FIRST))
+    counts = accumulate(len(rows) for rows in cases)
+    some = [rows for rows, count in zip(cases, counts, strict=True) if count <= MOST_BARS] or cases[:1]
     height = 1.1 + sum(BAR * len(rows) + 0.42 for rows in some)
     figure, (axes,) = _figure(1, (9, height))
     y, ticks = 0.0, []
     for rows in some:
         clock = f", {rows[0].clock}" if rows[0].clock not in (None, "wall clock") else ""
-        axes.text(0.0, y, case_title(rows[0]) + clock, fontsize=8, va="center", fontweight="bold", bbox=OVER_LINES)
+        heading = case_title(rows[0]) + clock
+        _text(axes, heading, (0.0, y), fontsize=8, fontweight="bold")
         for row in rows:
             y += 1
             _bar(axes, y, row)
@@ -49,11 +52,17 @@ def speedup(results: Results) -> bytes | None:
     axes.set_ylim(y - 1, -1)
     axes.axvline(1.0, color="black", linewidth=0.8, zorder=0.5)
     axes.set_xlim(0, 1.12 * max((row.speedup_p80 or row.speedup or 0) for rows in some for row in rows))
-    axes.set_xlabel(f"speed-up over eager PEFT ({_mode(some[0][0])}); the line is 1, the whisker 20 to 80 %")
+    axes.set_xlabel(f"speed-up over eager PEFT, adapters of the same dtype ({_mode(some[0][0])}); whiskers: 20 to 80 %")
     left_out = len(cases) - len(some)
     more = f"\n{len(some)} of {len(cases)} cases, the rest is in rows.csv" if left_out else ""
     axes.set_title(results.device + more, fontsize=10)
     return _png(figure)
+
+
+def _bars(rows: Sequence[Row]) -> list[Row]:
+    """What is drawn of a case: no baseline, which is 1 by definition, and no reference beside what users run."""
+    with_ratio = [row for row in rows if row.speedup is not None and row.provider.removesuffix("-fp32") != "eager"]
+    return [row for row in with_ratio if row.provider != "reference"] or with_ratio
 
 
 def _bar(axes: Any, y: float, row: Row) -> None:
@@ -65,9 +74,12 @@ def _bar(axes: Any, y: float, row: Row) -> None:
         low, high = min(row.speedup_p20, value), max(row.speedup_p80, value)
         axes.plot([low, high], [y, y], color="black", linewidth=1.1)
         end = high
-    axes.annotate(
-        f"{value:.2f}x", (end, y), (4, 0), textcoords="offset points", va="center", fontsize=7, bbox=OVER_LINES
-    )
+    _text(axes, f"{value:.2f}x", (end, y), fontsize=7)
+
+
+def _text(axes: Any, text: str, at: tuple[float, float], **style: Any) -> None:
+    """A little to the right of a point."""
+    axes.annotate(text, at, (4, 0), textcoords="offset points", va="center", bbox=OVER_LINES, **style)
 
 
 def overhead(results: Results) -> bytes | None:
@@ -114,9 +126,8 @@ def _overhead_panel(axes: Any, rows: Sequence[Row]) -> None:
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_ylim(bottom=min(0.9, *(row.overhead or 1.0 for row in rows)))
     row = rows[0]
-    label = f"{row.label}\n" if row.label else ""
     axes.set_title(
-        f"{label}{row.in_features} -> {row.out_features}, rank {row.rank}, dropout {row.dropout:g}, {row.dtype}",
+        f"{layer_title(row)}, rank {row.rank}, dropout {row.dropout:g}, {row.dtype}",
         fontsize=8,
     )
 
@@ -130,7 +141,7 @@ def roofline(results: Results) -> bytes | None:
         every = [row for rows in shown(results).values() for row in rows if row.provider != "frozen"]
         rows = [row for row in every if row.flops and row.bytes and row.ms_p50]
         points = [(r.flops / r.bytes, r.flops / r.ms_p50 * 1e-9, r.provider) for r in rows]  # type: ignore[operator]
-        what = "layers and blocks, by the bytes and FLOPs that must be"
+        what = "layers and blocks, by the bytes and FLOPs they need"
     if not points:
         return None
     figure, (axes,) = _figure(1, (8.4, 5))
@@ -142,6 +153,8 @@ def roofline(results: Results) -> bytes | None:
     _roofs(axes, results, [x for x, *_ in points])
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_xlim(*_decades(axes.get_xlim(), 1.3))
+    axes.set_ylim(*_decades(axes.get_ylim(), 1.0))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(_sparse)
@@ -152,6 +165,13 @@ def roofline(results: Results) -> bytes | None:
     axes.set_title(f"{results.device}: {what}", fontsize=10)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return _png(figure)
+
+
+def _decades(limits: tuple[float, float], least: float) -> tuple[float, float]:
+    """Limits of a logarithmic axis, at least so many decades apart, so that some ticks have labels."""
+    low, high = limits
+    wider = 10 ** (max(0.0, least - log10(high / low)) / 2)
+    return low / wider, high * wider
 
 
 def _sparse(value: float, _: int) -> str:

@@ -80,13 +80,15 @@ def _machine(results: Results) -> Table:
     return Table("Measured on", ("what", "found"), list(dict.fromkeys(rows)))
 
 
+def layer_title(row: Row) -> str:
+    """Label and sizes."""
+    shape = f"{row.in_features} -> {row.out_features}"
+    return shape if row.label in ("", shape.replace(" -> ", "x")) else f"{row.label}, {shape}"
+
+
 def case_title(row: Row) -> str:
     """One line for a person."""
-    shape = f"{row.in_features} -> {row.out_features}"
-    return (
-        f"{row.label + ', ' if row.label and row.label != shape.replace(' -> ', 'x') else ''}{shape}, "
-        f"{row.tokens} tokens, rank {row.rank}, dropout {row.dropout:g}, {row.dtype}"
-    )
+    return f"{layer_title(row)}, {row.tokens} tokens, rank {row.rank}, dropout {row.dropout:g}, {row.dtype}"
 
 
 def _rows(results: Results, title: str, rows: Sequence[Row]) -> Table:

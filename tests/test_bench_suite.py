@@ -1,0 +1,90 @@
+"""The suite under `pytest bench`: what it records can be reported, and a wrong training step gets no time."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import causal
+from bench.causal import CausalCase, causal_steps, check_steps, factors_of
+from bench.stages import ROOT
+from lowrank_fused.benchmark.graph import captured
+from lowrank_fused.errors import UnsupportedError
+from lowrank_fused.report import load
+
+NARROW = {
+    "num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 200,
+}  # fmt: skip
+SMALL = CausalCase("llama-3-8b", 2, 16, rank=4, dtype=torch.float32, settings=tuple(NARROW.items()))
+
+
+def test_what_the_suite_records_can_be_reported(tmp_path: Path) -> None:
+    """One run of the block's cases with the clock on."""
+    out = tmp_path / "suite.json"
+    command = [sys.executable, "-m", "pytest", "bench/bench_block.py", "-q", "-k", "p0-", f"--benchmark-json={out}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-3000:]
+    results = load([out])
+    rows = {row.provider: row for row in results.rows}
+    assert {"frozen", "eager", "three-gemm", "addmm"} <= set(rows)
+    assert {row.what for row in rows.values()} == {"block"}
+    assert rows["addmm"].rounds == 10 and rows["addmm"].speedup and rows["addmm"].kept_bytes_per_token
+    assert rows["eager"].overhead == pytest.approx(rows["eager"].ms_p50 / rows["frozen"].ms_p50)
+    assert re.fullmatch("[0-9a-f]{12}", results.sources[0].commit) or results.sources[0].commit == "unknown"
+
+
+@pytest.mark.parametrize("model", ["llama-3-8b", "qwen2.5-7b"])
+def test_training_steps_compute_what_peft_does(model: str) -> None:
+    check_steps(replace(SMALL, model=model), ["frozen", "eager", "accelerate", "inject"])
+
+
+def test_a_wrong_training_step_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = causal._with_ours
+
+    def wrong_scale(*given):
+        model = good(*given)
+        model.model.layers[0].self_attn.k_proj.scaling *= 1.02
+        return model
+
+    monkeypatch.setattr(causal, "_with_ours", wrong_scale)
+    with pytest.raises(AssertionError, match="inject: .* is off by .* allowed"):
+        check_steps(SMALL, ["inject"])
+
+    def one_frozen(*given):
+        model = good(*given)
+        model.model.layers[0].mlp.up_proj.lora_A.requires_grad_(False)
+        return model
+
+    monkeypatch.setattr(causal, "_with_ours", one_frozen)
+    with pytest.raises(AssertionError, match=r"inject: trains \[.*up_proj A'\] or does not"):
+        check_steps(SMALL, ["inject"])
+
+
+def test_steps_start_from_the_same_factors_and_share_frozen_weights() -> None:
+    steps = {name: make() for name, make in causal_steps(SMALL).items()}
+    assert set(steps) == {"frozen", "eager", "accelerate", "inject"}
+    assert steps["frozen"].optimizer is None and not factors_of(steps["frozen"].model)
+    eager, ours = factors_of(steps["eager"].model), factors_of(steps["inject"].model)
+    assert len(eager) == 14 and all(torch.equal(eager[key], ours[key]) for key in eager)
+    weights = {steps[name].model.get_input_embeddings().weight.data_ptr() for name in steps}
+    assert len(weights) == 1
+    losses = {name: [step.run().item() for _ in range(2)] for name, step in steps.items()}
+    assert losses["frozen"][0] == losses["frozen"][1]
+    for name in ("accelerate", "inject"):
+        assert losses[name] == pytest.approx(losses["eager"], rel=1e-5) and losses[name][0] != losses[name][1]
+    with pytest.raises(ValueError, match="must be one of frozen, eager, .* got 'peft'"):
+        causal_steps(SMALL, ["peft"])
+
+
+def test_a_graph_needs_a_gpu() -> None:
+    with pytest.raises(UnsupportedError, match="needs a CUDA device, got cpu"):
+        captured(lambda: None, torch.device("cpu"))
