@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bench.recording import record
-from lowrank_fused.benchmark import Row, default_names, kept_bytes
-from lowrank_fused.benchmark.block import BlockCase, block_providers, check_block
+from lowrank_fused.benchmark import Row, kept_bytes
+from lowrank_fused.benchmark.block import BlockCase, block_names, block_providers, check_block
 from lowrank_fused.benchmark.measure import gate, layer_step
 from lowrank_fused.tools.doctor import best_device
 
@@ -23,7 +23,7 @@ SIZES: dict[str, Any] = (
 )
 LABEL = "block of llama-3-8b" if ON_GPU else "block, 1/32 of llama-3-8b"
 CASES = [BlockCase(**SIZES, dropout=p, dtype=DTYPE, device=DEVICE, label=LABEL) for p in (0.0, 0.1)]
-NAMES = [(case, name) for case in CASES for name in default_names(case, with_compile=ON_GPU)]
+NAMES = [(case, name) for case in CASES for name in block_names(case, with_compile=ON_GPU)]
 
 
 @pytest.mark.parametrize(("case", "name"), [pytest.param(c, n, id=f"p{c.dropout:g}-{n}") for c, n in NAMES])

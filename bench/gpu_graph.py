@@ -76,7 +76,7 @@ def _consistent_mask(layer: LayerCase, y: Tensor, dx: Tensor, da: Tensor) -> Ten
 
 def replayed_step(case: CausalCase, capture: Capture, budget_s: float) -> dict[str, Any]:
     """Milliseconds of a whole training step, launched and replayed; each replay must train, with a loss of its own."""
-    run = causal_steps(case, ["inject"])["inject"]()
+    run = causal_steps(case, ["grouped"])["grouped"]()
     replay, loss = capture(run.run, case.device)
     factors = list(factors_of(run.model).values())
     losses = []
@@ -89,7 +89,7 @@ def replayed_step(case: CausalCase, capture: Capture, budget_s: float) -> dict[s
     assert all(torch.isfinite(torch.tensor(losses))), f"losses {losses}"
     assert len(set(losses)) == len(losses), f"replays repeat themselves: losses {losses}"
     times = interleave({"replayed": replay}, clock_for(case.device), budget_s=budget_s, min_rounds=5)
-    launched = causal_steps(case, ["inject"])["inject"]().step()
+    launched = causal_steps(case, ["grouped"])["grouped"]().step()
     times |= interleave({"launched": launched}, clock_for(case.device), budget_s=budget_s, min_rounds=5)
     return {"losses": losses, "ms": {name: asdict(Spread.of(values)) for name, values in times.items()}}
 

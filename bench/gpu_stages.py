@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.causal import CausalCase, causal_steps, check_steps
+from bench.causal import CausalCase, causal_steps, check_steps, warmed
 from bench.causal import default_names as default_steps
 from bench.gpu_graph import Capture, replayed_masks, replayed_step, time_replays, timed_row
 from bench.gpu_kernels import ceilings, time_kernels
@@ -34,7 +34,7 @@ from lowrank_fused.benchmark import (
     peak_bytes,
     providers_for,
 )
-from lowrank_fused.benchmark.block import BlockCase, block_providers, check_block
+from lowrank_fused.benchmark.block import GROUPED, BlockCase, block_names, block_providers, check_block
 from lowrank_fused.benchmark.graph import captured
 from lowrank_fused.benchmark.published import PUBLISHED, why_not
 
@@ -177,14 +177,14 @@ def block_cases(setting: Setting) -> Iterator[Case]:
     for block in blocks:
         yield Case(f"M{block.tokens} p{block.dropout:g}", partial(bench_block, block, None, setting.budget_s))
     for block in blocks[: len(setting.dropouts)]:
-        names = ("frozen", "eager", "compile", "auto")
+        names = ("frozen", "eager", "compile", GROUPED)
         title = f"compile M{block.tokens} p{block.dropout:g}"
         yield Case(title, partial(bench_block, block, names, setting.budget_s))
 
 
 def bench_block(block: BlockCase, names: Sequence[str] | None, budget_s: float) -> list[dict[str, Any]]:
     """Rows of a block for forward and for forward plus backward."""
-    providers = block_providers(names or default_names(block), block)
+    providers = block_providers(names or block_names(block), block)
     return told(measure(block, providers, ("both", "forward"), judge=check_block, budget_s=budget_s))
 
 
@@ -241,7 +241,7 @@ def model_cases(setting: Setting) -> Iterator[Case]:
         case = replace(step, dropout=p, device=setting.device)
         yield Case(f"{case.model} p{p:g}", partial(time_model, case, None, setting.budget_s))
     case = replace(setting.steps[0], dropout=setting.dropouts[0], device=setting.device)
-    names = ("frozen", "eager", "compile", "inject")
+    names = ("frozen", "eager", "compile", "grouped")
     yield Case(f"compile {case.model} p{case.dropout:g}", partial(time_model, case, names, setting.budget_s))
 
 
@@ -268,8 +268,7 @@ def model_memory(case: CausalCase) -> dict[str, Any]:
     """Peak MiB of a step over what was allocated before, and bytes kept per token; one model at a time."""
     found: dict[str, Any] = {}
     for name, make in causal_steps(case).items():
-        run = make()
-        run.run()  # optimiser states exist from here on
+        run = warmed(make())  # with the states of its optimiser
         peak = peak_bytes(run.run, case.device)
         kept = kept_bytes(run.loss, run.model.parameters())
         found[name] = {
@@ -296,7 +295,7 @@ def graph_cases(setting: Setting) -> Iterator[Case]:
 
 def bench_replays(block: BlockCase, capture: Capture, budget_s: float) -> list[dict[str, Any]]:
     """Rows of the block under replay."""
-    return told(time_replays(block, block_providers(default_names(block), block), capture, budget_s))
+    return told(time_replays(block, block_providers(block_names(block), block), capture, budget_s))
 
 
 def sanitizer_cases(setting: Setting) -> Iterator[Case]:

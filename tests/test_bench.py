@@ -37,7 +37,7 @@ from lowrank_fused.benchmark import (
     write_json,
 )
 from lowrank_fused.benchmark.accuracy import SEED, recovered_mask
-from lowrank_fused.benchmark.block import BlockCase, BlockProvider, block_providers, check_block
+from lowrank_fused.benchmark.block import BlockCase, BlockProvider, block_names, block_providers, check_block
 from lowrank_fused.benchmark.measure import gate, ratios
 from lowrank_fused.benchmark.providers import eager
 from lowrank_fused.benchmark.published import PUBLISHED, published_forward, why_not
@@ -174,13 +174,17 @@ BLOCK = BlockCase(48, 80, 17, 5, kv_features=24)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_block_shares_its_inputs(dtype: torch.dtype, dropout: float) -> None:
     case = replace(BLOCK, dtype=dtype, dropout=dropout)
-    providers = block_providers(default_names(case), case)
+    providers = block_providers(block_names(case), case)
     rows = measure(case, providers, judge=check_block, budget_s=0)
     assert {row.status for row in rows} == {"ok"} and {row.what for row in rows} == {"block"}
     o = providers[0].operands(case)
     assert [list(o.inputs), len(o.leaves()), len(o.dy)] == [["x", "attention", "x2", "h"], 4 + 14, 7]
     assert o.layers["q"].x is o.layers["v"].x and o.layers["gate"].x is o.layers["up"].x
     ours = next(row for row in rows if row.provider == "addmm")
+    grouped = next(row for row in rows if row.provider == "grouped")
+    assert grouped.routes == "q + k + v, o, gate + up, down: addmm / addmm"
+    if dropout:  # one mask for q, k and v, one for gate and up
+        assert grouped.kept_bytes_per_token < ours.kept_bytes_per_token
     if not dropout:  # four inputs once each and s of every linear
         assert ours.kept_bytes_per_token == dtype.itemsize * (3 * 48 + 80 + 7 * 5)
 
@@ -223,7 +227,7 @@ def test_the_gate_of_a_block_sees_one_wrong_linear() -> None:
 
 def test_a_block_compiles_as_one_function() -> None:
     (provider,) = block_providers(["compile"], BLOCK)
-    assert provider.compiled is not None and block_providers(["eager"], BLOCK)[0].compiled is None
+    assert provider.whole is not None and block_providers(["eager"], BLOCK)[0].whole is None
     with pytest.raises(ValueError, match="kv_features must be at least the rank, 5, got 4"):
         replace(BLOCK, kv_features=4)
 

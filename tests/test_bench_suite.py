@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from bench import causal
-from bench.causal import CausalCase, causal_steps, check_steps, factors_of
+from bench.causal import CausalCase, causal_steps, check_steps, factors_of, warmed
 from bench.stages import ROOT
 from lowrank_fused.benchmark.graph import captured
 from lowrank_fused.errors import UnsupportedError
+from lowrank_fused.grouping import group_of
 from lowrank_fused.report import load
 
 NARROW = {
@@ -44,7 +45,18 @@ def test_what_the_suite_records_can_be_reported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["llama-3-8b", "qwen2.5-7b"])
 def test_training_steps_compute_what_peft_does(model: str) -> None:
-    check_steps(replace(SMALL, model=model), ["frozen", "eager", "accelerate", "inject"])
+    check_steps(replace(SMALL, model=model), ["frozen", "eager", "accelerate", "inject", "grouped"])
+
+
+def test_groups_have_formed_when_a_step_is_judged() -> None:
+    for name, make in causal_steps(SMALL, ["accelerate", "grouped", "inject"]).items():
+        step = make()
+        before = [factor.clone() for factor in factors_of(step.model).values()]
+        warmed(step)
+        states = {found.state() for m in step.model.modules() if (found := group_of(m))}
+        shared = {"share x: q_proj, k_proj, v_proj", "share x: gate_proj, up_proj"}
+        assert states == (set() if name == "inject" else shared), name
+        assert all(torch.equal(a, b) for a, b in zip(before, factors_of(step.model).values(), strict=True))
 
 
 def test_a_wrong_training_step_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +83,7 @@ def test_a_wrong_training_step_is_found_out(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_steps_start_from_the_same_factors_and_share_frozen_weights() -> None:
     steps = {name: make() for name, make in causal_steps(SMALL).items()}
-    assert set(steps) == {"frozen", "eager", "accelerate", "inject"}
+    assert set(steps) == {"frozen", "eager", "accelerate", "inject", "grouped"}
     assert steps["frozen"].optimizer is None and not factors_of(steps["frozen"].model)
     eager, ours = factors_of(steps["eager"].model), factors_of(steps["inject"].model)
     assert len(eager) == 14 and all(torch.equal(eager[key], ours[key]) for key in eager)
@@ -79,7 +91,7 @@ def test_steps_start_from_the_same_factors_and_share_frozen_weights() -> None:
     assert len(weights) == 1
     losses = {name: [step.run().item() for _ in range(2)] for name, step in steps.items()}
     assert losses["frozen"][0] == losses["frozen"][1]
-    for name in ("accelerate", "inject"):
+    for name in ("accelerate", "inject", "grouped"):
         assert losses[name] == pytest.approx(losses["eager"], rel=1e-5) and losses[name][0] != losses[name][1]
     with pytest.raises(ValueError, match="must be one of frozen, eager, .* got 'peft'"):
         causal_steps(SMALL, ["peft"])

@@ -200,7 +200,7 @@ def test_results_of_the_stages(store: Store) -> None:
     }
     assert {row["provider"] for row in results["layers"][0]} >= {"frozen", "eager", "addmm"}
     steps = {row["provider"]: row for row in results["model"][0]}
-    assert {"frozen", "eager", "eager-fp32", "accelerate", "accelerate-fp32", "inject"} == set(steps)
+    assert {"frozen", "eager", "eager-fp32", "accelerate", "accelerate-fp32", "inject", "grouped"} == set(steps)
     assert steps["frozen"]["ms_p50"] < steps["eager"]["ms_p50"] and steps["inject"]["speedup"] > 0
     kept = results["memory"][1]
     assert kept["inject"]["kept_bytes_per_token"] < kept["eager"]["kept_bytes_per_token"], "with dropout"

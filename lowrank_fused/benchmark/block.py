@@ -8,20 +8,25 @@ is a leaf, and autograd adds the input gradients of the linears that share one, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..linear import lowrank_linear_ref
+from ..branches import Branch, lowrank_group
+from ..linear import lowrank_linear, lowrank_linear_ref
+from ..routes import choose_for_group
 from ..testing import assert_as_accurate_as_torch
 from .accuracy import absolute, double, seeded
 from .case import Case, Operands
-from .providers import FP32, Provider, eager, providers_for
+from .providers import FP32, Provider, default_names, eager, providers_for
 
-__all__ = ["BlockCase", "BlockOperands", "BlockProvider", "block_providers", "check_block"]
+__all__ = ["GROUPED", "BlockCase", "BlockOperands", "BlockProvider", "block_names", "block_providers", "check_block"]
+
+GROUPED = "grouped"  # the provider in which linears of one input share one pass over it
 
 # Each linear's input, and the fields of the case that are its sizes.
 LINEARS = {
@@ -116,15 +121,16 @@ class BlockOperands:
 
 @dataclass(frozen=True)
 class BlockProvider:
-    """A provider of layers, linear by linear; or all seven compiled as one function."""
+    """A provider of layers, linear by linear; or, with `whole`, a function of all seven at once."""
 
     layer: Provider
-    compiled: Callable[[list[_Part], float, float], list[Tensor]] | None = None
+    whole: Callable[[list[_Part], float, float], Sequence[Tensor]] | None = None
+    name_of_whole: str | None = None
 
     @property
     def name(self) -> str:
-        """The layer provider's."""
-        return self.layer.name
+        """The layer provider's, unless the whole has one of its own."""
+        return self.name_of_whole or self.layer.name
 
     @property
     def adapter_dtype(self) -> torch.dtype | None:
@@ -140,37 +146,77 @@ class BlockProvider:
         """Random operands of this case in the adapters' dtype."""
         return BlockOperands.random(case, self.adapter_dtype)
 
-    def __call__(self, o: BlockOperands, dropout_p: float) -> list[Tensor]:
-        if self.compiled is None:
+    def __call__(self, o: BlockOperands, dropout_p: float) -> Sequence[Tensor]:
+        if self.whole is None:
             return [self.layer(operands, dropout_p) for operands in o.layers.values()]
         parts = [(p.x, p.weight, p.a, p.b, p.bias) for p in o.layers.values()]
         mixed = self.adapter_dtype is not None
         with torch.autocast(o.device.type, dtype=parts[0][0].dtype if mixed else torch.bfloat16, enabled=mixed):
-            return self.compiled(parts, o.layers["q"].scale, dropout_p)
+            return self.whole(parts, o.layers["q"].scale, dropout_p)
 
     def chosen_routes(self, o: BlockOperands, dropout_p: float) -> str | None:
-        """What "auto" stands for in each linear, those that agree named together."""
+        """What "auto" stands for in each linear or group, those that agree named together."""
         by_route: dict[str, list[str]] = {}
-        for name, operands in o.layers.items():
-            if routes := self.layer.chosen_routes(operands, dropout_p):
-                by_route.setdefault(routes, []).append(name)
+        for names in _by_input(o) if self.name.startswith(GROUPED) else [[name] for name in o.layers]:
+            if routes := self._routes(o, names, dropout_p):
+                by_route.setdefault(routes, []).append(" + ".join(names))
         return "; ".join(f"{', '.join(names)}: {routes}" for routes, names in by_route.items()) or None
+
+    def _routes(self, o: BlockOperands, names: list[str], dropout_p: float) -> str | None:
+        first = o.layers[names[0]]
+        if len(names) == 1:
+            return self.layer.chosen_routes(first, dropout_p)
+        shapes = [(o.layers[name].weight.shape[0], o.layers[name].a.shape[0]) for name in names]
+        m, k = first.x.shape
+        return " / ".join(choose_for_group("auto", m, k, shapes, first.x.dtype, dropout_p > 0, o.device))
 
     def leaves(self, o: BlockOperands) -> tuple[Tensor, ...]:
         """The tensors whose gradients this provider makes."""
         return tuple(o.leaves().values() if self.has_adapter else o.inputs.values())
 
 
+def _by_input(o: BlockOperands) -> list[list[str]]:
+    """Names of the linears, those of one input together."""
+    found: dict[str, list[str]] = {}
+    for name in o.layers:
+        found.setdefault(LINEARS[name][0], []).append(name)
+    return list(found.values())
+
+
 def _eager_block(parts: list[_Part], scale: float, dropout_p: float) -> list[Tensor]:
     return [eager(*part, scale, dropout_p) for part in parts]
 
 
+def _grouped_block(parts: list[_Part], scale: float, dropout_p: float) -> list[Tensor]:
+    """Linears of one input by `lowrank_group`, the others by `lowrank_linear`."""
+    ys: list[Tensor] = []
+    for _, same in groupby(parts, key=lambda part: id(part[0])):
+        (x, weight, a, b, bias), *others = members = list(same)
+        if others:
+            branches = [Branch(*member[1:]) for member in members]
+            ys += lowrank_group(x, branches, scale=scale, dropout_p=dropout_p)
+        else:
+            ys.append(lowrank_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=dropout_p))
+    return ys
+
+
+def block_names(case: Case, *, with_compile: bool = False) -> list[str]:
+    """Every provider that can run this case here: those of layers, and the one that groups."""
+    names = default_names(case, with_compile=with_compile)
+    return [*names, GROUPED] if case.dtype == torch.float32 else [*names, GROUPED, GROUPED + FP32]
+
+
 def block_providers(names: Iterable[str], case: BlockCase) -> list[BlockProvider]:
-    """Providers of a block by the names that `providers_for` takes, with the errors that it raises."""
+    """Providers of a block by the names that `providers_for` takes, or "grouped", with the errors that it raises."""
     found = []
-    for layer in providers_for(names, case):
-        whole = layer.name.removesuffix(FP32) == "compile"
-        found.append(BlockProvider(layer, torch.compile(_eager_block, dynamic=False) if whole else None))
+    for name in dict.fromkeys(names):
+        base, suffix = name.removesuffix(FP32), FP32 * name.endswith(FP32)
+        (layer,) = providers_for(["auto" + suffix if base == GROUPED else name], case)
+        if base == GROUPED:
+            found.append(BlockProvider(layer, _grouped_block, name))
+        else:
+            whole = torch.compile(_eager_block, dynamic=False) if base == "compile" else None
+            found.append(BlockProvider(layer, whole))
     return found
 
 
@@ -184,7 +230,7 @@ def check_block(provider: BlockProvider, case: BlockCase) -> None:
     o = provider.operands(case)
     keep = {name: _mask(provider, o, name, case.dropout) if case.dropout else None for name in o.layers}
 
-    def reference(o: BlockOperands, _: float) -> list[Tensor]:
+    def reference(o: BlockOperands, _: float) -> Sequence[Tensor]:
         return [
             lowrank_linear_ref(
                 p.x, p.weight, p.a, p.b, scale=p.scale, bias=p.bias, dropout_p=case.dropout, keep=keep[name]
@@ -221,7 +267,7 @@ def _mask(provider: BlockProvider, o: BlockOperands, wanted: str, dropout_p: flo
 
 
 def _values(
-    forward: Callable[[BlockOperands, float], list[Tensor]], o: BlockOperands, dropout_p: float
+    forward: Callable[[BlockOperands, float], Sequence[Tensor]], o: BlockOperands, dropout_p: float
 ) -> dict[str, Tensor]:
     """y of every linear and the gradient of every leaf, by name."""
     ys = seeded(forward, o, dropout_p)

@@ -12,7 +12,7 @@ from .gpus import GPUS, Gpu
 __all__ = ["OURS", "KernelTime", "Results", "Source", "best_clock", "case_key", "same_case"]
 
 # Names under which one of ours may be measured, the one that users get first.
-OURS = ("auto", "inject", "accelerate", "ours")
+OURS = ("grouped", "accelerate", "auto", "inject", "ours")
 # The first that a case was timed with is shown: replays hide the host, a cold cache is what a layer finds in a model.
 CLOCKS = ("CUDA graph, cold L2", "CUDA events, cold L2", "CUDA graph, warm L2", "CUDA events, warm L2", "wall clock")
 
