@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.causal import CausalCase, causal_steps, check_steps, default_names, warmed
+from bench.causal import CausalCase, causal_steps, default_names, step_verdicts, warmed
 from bench.recording import record
 from lowrank_fused.benchmark import kept_bytes
 from lowrank_fused.tools.doctor import best_device
@@ -42,7 +42,8 @@ NAMES = [(case, name) for case in CASES for name in default_names(case, with_com
 @pytest.mark.parametrize(("case", "name"), [pytest.param(c, n, id=f"{c.model}-p{c.dropout:g}-{n}") for c, n in NAMES])
 def test_step(benchmark: Any, case: CausalCase, name: str) -> None:
     """One provider: loss and gradients first, then forward, loss, backward and AdamW."""
-    check_steps(case, [name])
+    verdict = step_verdicts(case, [name])[name]
+    assert verdict == "ok", verdict
     run = warmed(causal_steps(case, [name])[name]())
     kept = None if name == "compile" else kept_bytes(run.loss, run.model.parameters()) / case.tokens
     record(benchmark, case.row(name, kept_bytes_per_token=kept), case.title(), run.step(), DEVICE)

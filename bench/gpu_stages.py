@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.causal import CausalCase, causal_steps, check_steps, warmed
+from bench.causal import CausalCase, causal_steps, step_verdicts, warmed
 from bench.causal import default_names as default_steps
 from bench.gpu_graph import Capture, replayed_masks, replayed_step, time_replays, timed_row
 from bench.gpu_kernels import ceilings, time_kernels
@@ -247,13 +247,10 @@ def model_cases(setting: Setting) -> Iterator[Case]:
 
 def time_model(case: CausalCase, names: Sequence[str] | None, budget_s: float) -> list[dict[str, Any]]:
     """Rows of the steps of all providers that compute what PEFT does, in turn."""
-    rows, runs = [], {}
-    for name in names or default_steps(case):
-        try:
-            check_steps(case, [name])
-            runs[name] = causal_steps(case, [name])[name]().step()
-        except Exception as failure:  # the others go on
-            rows.append(case.row(name, status=f"{type(failure).__name__}: {failure}"))
+    verdicts = step_verdicts(case, names or default_steps(case))
+    rows = [case.row(name, status=verdict) for name, verdict in verdicts.items() if verdict != "ok"]
+    able = [name for name, verdict in verdicts.items() if verdict == "ok"]
+    runs = {name: make().step() for name, make in causal_steps(case, able).items()}
     times = interleave(runs, clock_for(case.device), budget_s=4 * budget_s, min_rounds=5)
     return told([*rows, *(timed_row(case.row(name, clock=clock_name(case.device)), times) for name in times)])
 

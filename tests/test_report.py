@@ -6,7 +6,7 @@ import base64
 import csv
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -336,8 +336,9 @@ def test_the_readme_says_what_was_measured(gpu_results: Any, tmp_path: Path) -> 
     assert readme.main(["--check"]) == 0, "run python -m bench.readme"
     (tmp_path / "none").mkdir()
     assert readme.measured_text(tmp_path / "none") == readme.NOTHING + "\n" and "not measured yet" in readme.NOTHING
-    rows = [asdict(r) for p in (0.0, 0.1) for r in rows_of(BlockCase(**{**vars(BLOCK), "dropout": p}), device="cuda")]
-    store_of(tmp_path / "h100" / "gpu_check.json", {"block": {"a": rows}})
+    rows = [asdict(r) for p in (0.0, 0.1) for r in rows_of(replace(BLOCK, dropout=p), device="cuda")]
+    few = [asdict(r) for r in rows_of(replace(BLOCK, tokens=1024, dropout=0.0), {"eager": 9, "auto": 1}, "cuda")]
+    store_of(tmp_path / "h100" / "gpu_check.json", {"block": {"a": rows, "b": few}})
     store_of(tmp_path / "empty" / "gpu_check.json", {"tests": {"a": {"passed": 1}}})
     page = tmp_path / "README.md"
     page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
