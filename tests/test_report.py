@@ -21,7 +21,6 @@ from lowrank_fused import cli
 from lowrank_fused.benchmark import Case, Row, document, write_json
 from lowrank_fused.benchmark.block import BlockCase
 from lowrank_fused.report import load, pictures, tables, write_report
-from lowrank_fused.report.goals import GOAL_LINES, goal_lines
 from lowrank_fused.report.judged import judge
 
 LAYER = Case(4096, 4096, 8192, 16, 0.0, torch.bfloat16, label="q_proj")
@@ -125,10 +124,11 @@ def test_goal_lines_stand_beside_measurements(gpu_results: Any) -> None:
     assert (q["must"], q["aim"], q["measured"], q["reaches"]) == ("1.25x", "1.33x", "1.250x (auto)", "must")
     block = lines["frozen", "block", "0.1"]
     assert (block["aim"], block["measured"], block["reaches"]) == ("1.08x", "1.200x (auto)", "below must")
-    assert lines["three GEMMs (unsloth, axolotl)", "block", "0.1"]["measured"] == "1.083x (auto)"
+    trainers = next(row for key, row in lines.items() if key[0].startswith("three GEMMs") and key[2] == "0.1")
+    assert trainers["measured"] == "1.083x (auto)", "against the provider three-gemm, not against our route addmm"
     empty = [row for row in lines.values() if row["measured"] == "not measured"]
     assert len(empty) == len(lines) - 5 and not any(row["reaches"] for row in empty)
-    assert lines["lorafusion", "block", "0"] in empty and lines["frozen", "block", "0"] in empty
+    assert any(row["against"].startswith("lorafusion") for row in empty) and lines["frozen", "block", "0"] in empty
     note = next(t.note for t in tables(gpu_results) if t.title == "Goal lines")
     assert f"5 of {len(lines)} goal lines measured, 2 of these reach must" in note
 
@@ -139,17 +139,6 @@ def test_goal_lines_are_of_one_gpu(tmp_path: Path) -> None:
     a100 = {**CPU, "gpus": [{"name": "NVIDIA A100-SXM4-80GB"}]}
     found = judge(load([written(tmp_path / "b.json", rows_of(BLOCK, device="cuda"), a100)]))
     assert {j.goal.gpu for j in found} == {"A100"} and found[1].measured == pytest.approx(1.25)
-
-
-def test_goal_lines_get_more_demanding() -> None:
-    for goal in GOAL_LINES:
-        for dropout in (False, True):
-            values = list(goal.lines(dropout).values())
-            assert values == sorted(values, reverse=goal.lower_is_better), goal
-            assert goal.standing(values[1], dropout) in ("aim", "stretch", "ceiling")
-            assert goal.standing(None, dropout) == "not measured"
-    assert {g.least_tokens for g in goal_lines("H100", 1024)} == {1024}
-    assert {g.least_tokens for g in goal_lines("H100", 8192)} == {4096}
 
 
 def test_kernels_of_a_check(gpu_results: Any, tmp_path: Path) -> None:

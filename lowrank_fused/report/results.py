@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..benchmark import Row
-from .gpus import GPUS, Gpu
+from ..roofline.gpus import GPUS, Gpu
 
 __all__ = ["OURS", "KernelTime", "Results", "Source", "best_clock", "case_key", "same_case"]
 
