@@ -45,7 +45,7 @@ TILES: dict[Access, list[tuple[Tile, float]]] = {
 }
 _FP32_TILES = [
     (Tile(64, 64, 16, 16, num_warps=8, num_stages=3), 1.0),
-    (Tile(16, 64, 32, 16, num_warps=4, num_stages=3), 0.35),
+    (Tile(16, 64, 16, 16, num_warps=4, num_stages=3), 0.35),
 ]
 
 
@@ -167,15 +167,19 @@ def _single_forward_tma_kernel(
         y_desc.store([row, col], cast(acc, IO))
 
 
-def max_rank(dtype: torch.dtype) -> int:
-    """Largest rank whose s fits beside a tile of y."""
-    return 16 if dtype == torch.float32 else 64
+def max_rank(dtype: torch.dtype, adapter: torch.dtype) -> int:
+    """Largest rank whose s fits beside a tile of y; factors wider than x take registers on their way."""
+    if dtype == torch.float32:
+        return 16
+    return 32 if adapter == torch.float32 else 64
 
 
 def choose_tile(M: int, N: int, R: int, dtype: torch.dtype, access: Access, arch: int, sms: int) -> Tile:
     """Block sizes for y [M, N]: tiles as for `lowrank_forward`, fewer and smaller where s needs room beside them."""
     block_r = max(16, triton.next_power_of_2(R))
-    tiles = _FP32_TILES if dtype == torch.float32 else TILES[access]
+    tiles = TILES[access]
+    if dtype == torch.float32:
+        tiles = _FP32_TILES[access == "elements" :]  # the large one has no registers for single elements
     fitting = [(tile, share) for tile, share in tiles if block_r <= tile.block_r]
     if access == "descriptors" and arch != 90:
         # Two accumulators of this tile do not fit into the tensor memory of sm_100.

@@ -33,7 +33,7 @@ class SingleRoute(KernelRoute):
         o: Options,
     ) -> tuple[Tensor, Saved]:
         """y and what backward needs; x [M, K]."""
-        if o.core_kind not in ("none", "diag") or a.shape[0] > max_rank(x.dtype):
+        if o.core_kind not in ("none", "diag") or a.shape[0] > max_rank(x.dtype, a.dtype):
             return super().forward(x, weight, a, b, core, bias, drop, o)
         given = drop is not None and drop.dtype == torch.uint8
         y, s, mask = single_forward(

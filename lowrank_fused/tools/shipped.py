@@ -194,7 +194,7 @@ def _single_cases() -> Iterator[_SingleCase]:
         yield _SingleCase(m, n=1020, k=4100, p=0.1, dtype=torch.float32, adapter=torch.float32)
         yield _SingleCase(m, more=False)
         yield _SingleCase(m, p=0.1, conv1d=True)
-        yield _SingleCase(m, p=0.1, r=64, adapter=torch.float32)
+        yield _SingleCase(m, p=0.1, r=32, adapter=torch.float32)
         for r in (1, 8, 17):
             yield _SingleCase(m, p=0.1, r=r)
     yield _SingleCase(p=0.1, dtype=torch.float16, adapter=torch.float16)
