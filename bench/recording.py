@@ -31,7 +31,15 @@ def record(benchmark: Any, row: Row, title: str, step: Step, device: torch.devic
     on_gpu = device.type == "cuda"
     if on_gpu:
         rounds = 1 if benchmark.disabled else DEVICE_ROUNDS
-        benchmark.extra_info["device_ms"] = _device_times(step, device, rounds, graph)
+        benchmark.extra_info["device_ms"] = _device_times(step, device, rounds)
+        if graph:
+            try:
+                replay, _ = captured(lambda: step.run(step.prepare()), device)
+            except RuntimeError as failure:  # something that a graph may not hold
+                benchmark.extra_info["not_captured"] = str(failure).splitlines()[0]
+            else:
+                replays = _device_times(replay, device, rounds)
+                benchmark.extra_info["device_ms"] |= {f"graph, {name}": ms for name, ms in replays.items()}
 
     def run_and_wait(state: Any) -> None:
         step.run(state)
@@ -41,14 +49,10 @@ def record(benchmark: Any, row: Row, title: str, step: Step, device: torch.devic
     benchmark.pedantic(run_and_wait, setup=lambda: ((step.prepare(),), {}), rounds=10, warmup_rounds=2)
 
 
-def _device_times(step: Step, device: torch.device, rounds: int, graph: bool) -> dict[str, dict[str, float]]:
-    steps = {"cold": (step, True), "warm": (step, False)}
-    if graph:
-        replay, _ = captured(lambda: step.run(step.prepare()), device)
-        steps |= {"graph, cold": (replay, True), "graph, warm": (replay, False)}
+def _device_times(step: Step, device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
     found = {}
-    for name, (timed, flush) in steps.items():
+    for name, flush in (("cold", True), ("warm", False)):
         clock = clock_for(device, flush)
-        clock(timed)  # learns how long the host takes to enqueue it
-        found[name] = asdict(Spread.of([clock(timed) for _ in range(rounds)]))
+        clock(step)  # learns how long the host takes to enqueue it
+        found[name] = asdict(Spread.of([clock(step) for _ in range(rounds)]))
     return found

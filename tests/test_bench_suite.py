@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import causal
+from bench import causal, recording
 from bench.causal import CausalCase, causal_steps, factors_of, step_verdicts, warmed
 from bench.stages import ROOT
+from lowrank_fused.benchmark import Case, Row, Step
 from lowrank_fused.benchmark.graph import captured
 from lowrank_fused.errors import UnsupportedError
 from lowrank_fused.grouping import group_of
@@ -101,3 +102,41 @@ def test_steps_start_from_the_same_factors_and_share_frozen_weights() -> None:
 def test_a_graph_needs_a_gpu() -> None:
     with pytest.raises(UnsupportedError, match="needs a CUDA device, got cpu"):
         captured(lambda: None, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_the_recorder_on_a_gpu(holds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device times by events with a cold and a warm cache, and of replays where the step could be captured."""
+    flushed: list[bool] = []
+
+    def clock_for(device: object, flush_l2: bool) -> object:
+        return lambda step: flushed.append(flush_l2) or step.run(step.prepare())
+
+    def capture(run: object, device: object) -> tuple[Step, None]:
+        if not holds:
+            raise RuntimeError("not permitted when stream is capturing\nmore")
+        return Step(lambda _: 0.5), None
+
+    class Fixture:
+        disabled, group = False, None
+
+        def __init__(self) -> None:
+            self.extra_info: dict[str, object] = {}
+
+        def pedantic(self, run, setup, rounds, warmup_rounds) -> None:
+            given, named = setup()
+            run(*given, **named)
+
+    waited: list[object] = []
+    monkeypatch.setattr(recording, "clock_for", clock_for)
+    monkeypatch.setattr(recording, "captured", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    fixture, gpu = Fixture(), torch.device("cuda")
+    case = Case(8, 6, 4, 2)
+    recording.record(fixture, Row.of(case, "auto", "both"), "title", Step(lambda _: 2.0), gpu, graph=True)
+    found = fixture.extra_info
+    assert waited == [gpu] and fixture.group == "title" and found["provider"] == "auto" and found["flops"]
+    times = {name: spread["p50"] for name, spread in found["device_ms"].items()}
+    replays = {"graph, cold": 0.5, "graph, warm": 0.5} if holds else {}
+    assert times == {"cold": 2.0, "warm": 2.0, **replays} and {True, False} == set(flushed)
+    assert found.get("not_captured") == (None if holds else "not permitted when stream is capturing")
