@@ -46,6 +46,7 @@ KERNEL_TESTS = (
     "expand",
     "factors",
     "lowrank_forward",
+    "single_forward",
     "grad_input",
     "linear",
     "test_add",
@@ -80,7 +81,7 @@ class Setting:
     ranks: tuple[int, ...] = (16, 64, 8, 128, 4)
     dropouts: tuple[float, ...] = (0.0, 0.1)
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
-    routes: tuple[str, ...] = ("split", "thin")
+    routes: tuple[str, ...] = ("split", "thin", "single")
     timed_tokens: tuple[int, ...] = (8192, 1024)
     timed_ranks: tuple[int, ...] = (16, 64)
     block: tuple[int, int, int] = (4096, 14336, 1024)  # hidden size, that of the MLP, that of k and v

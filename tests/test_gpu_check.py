@@ -158,10 +158,10 @@ def test_the_real_plan_is_complete() -> None:
         names = [case.name for case in stage.cases]
         assert len(set(names)) == len(names) > 0
     correct = [case.name for case in plan[1].cases]
-    assert len(correct) == 4 * 3 * 5 * 2 * 3 * 2
+    assert len(correct) == 4 * 3 * 5 * 2 * 3 * 3
     assert correct[0] == "split bf16 4096x4096 M8192 r16 p0"
     # Wide N tiles at rank 16 produced NaN on Hopper in the past: they belong to the first that are tried.
-    assert "split bf16 4096x14336 M8192 r16 p0" in correct[:8]
+    assert "split bf16 4096x14336 M8192 r16 p0" in correct[:10]
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ __all__ = ["overhead", "roofline", "speedup"]
 COLOURS = {
     "frozen": "#5b6470", "eager": "#9aa1ab", "peft": "#9aa1ab", "compile": "#b07aa1", "three-gemm": "#e0a13a",
     "reference": "#c9b79c", "formula": "#c9b79c", "addmm": "#6fae7d", "precise": "#4a9fa5", "thin": "#2e7ebc",
-    "split": "#1f4e8c", "auto": "#d1495b", "grouped": "#a3243b", "ours": "#d1495b", "inject": "#d1495b",
-    "accelerate": "#e07b39", "lorafusion": "#7f6fc0", "unsloth": "#b5c33a",
+    "split": "#1f4e8c", "single": "#17becf", "auto": "#d1495b", "grouped": "#a3243b", "ours": "#d1495b",
+    "inject": "#d1495b", "accelerate": "#e07b39", "lorafusion": "#7f6fc0", "unsloth": "#b5c33a",
 }  # fmt: skip
 OTHER = "#444444"
 OVER_LINES = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # letters stay legible where a line passes
