@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -108,6 +109,7 @@ def one_pass_max_rank(dtype: torch.dtype, arch: int) -> int:
     return 64 if arch in (90, 100) else 32
 
 
+@lru_cache(1024)
 def choose_tile(N: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
     """A strip wide enough that the parts of ds stay small, narrow enough that dyᵀ s stays in registers."""
     block_r = max(16, triton.next_power_of_2(R))

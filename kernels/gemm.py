@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -73,6 +74,7 @@ _FP32_TILES = [
 ]
 
 
+@lru_cache(1024)
 def choose_gemm_tile(rows: int, cols: int, rank: int, dtype: torch.dtype, access: Access, sms: int) -> Tile:
     """The tile expected fastest for an output [rows, cols]; block_n is along its columns."""
     tile = fastest(_FP32_TILES if dtype == torch.float32 else TILES[access], rows, cols, sms)

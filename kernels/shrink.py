@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -162,6 +163,7 @@ def _idle(programs: int, sms: int) -> int:
     return max(0, 9 * sms - 10 * programs)
 
 
+@lru_cache(1024)
 def choose_tile(
     M: int,
     K: int,

@@ -7,6 +7,7 @@ are few, or where a launch costs more than the work.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -174,6 +175,7 @@ def max_rank(dtype: torch.dtype, adapter: torch.dtype) -> int:
     return 32 if adapter == torch.float32 else 64
 
 
+@lru_cache(1024)
 def choose_tile(M: int, N: int, R: int, dtype: torch.dtype, access: Access, arch: int, sms: int) -> Tile:
     """Block sizes for y [M, N]: tiles as for `lowrank_forward`, fewer and smaller where s needs room beside them."""
     block_r = max(16, triton.next_power_of_2(R))

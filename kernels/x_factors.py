@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -101,6 +103,7 @@ def _x_factors_kernel(
             _sum_parts(da_parts_ptr, da_ptr, pid_r * BLOCK_R, offs_k, chunks, R, K, BLOCK_R, BLOCK_K)
 
 
+@lru_cache(1024)
 def choose_tile(K: int, R: int, dtype: torch.dtype, wants_dx0: bool, masked: bool, arch: int) -> Tile:
     """Blocks of x narrow enough that few chunks occupy the GPU: parts of dA cost more than reading ds again."""
     block_r = block_of_rank(R, dtype)
