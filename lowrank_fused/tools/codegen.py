@@ -1,39 +1,35 @@
 """What the compiler makes of the launches that the kernel routes issue, read from the binaries, without a GPU.
 
-`inspect_launch` compiles a launch and counts what decides its speed, `violations` says what is wrong with it. The
-command is `lowrank-fused inspect`.
+A `Request` says which launches; `compile_all` compiles them, `reports_of` counts what decides their speed, and
+`violations` says what is wrong with one. The command is `lowrank-fused inspect`.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from multiprocessing import get_context
-from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
+from lowrank_fused.kernels.launch import Launch, Tile, shared_bytes
 
-from lowrank_fused.kernels.launch import INTERPRETING, Launch, Tile, shared_bytes
-
-from ..errors import UnsupportedError
+from .pipeline import Pipeline, read_pipeline
+from .sass import compile_tools, count_instructions, resources
 from .shipped import CallCase, launches_of, shipped_launches
+from .variants import binary_of, covering, dtype_of, flags_of, without_low_rank, without_mask
 
 __all__ = [
     "ARCHS",
+    "Binary",
     "CodeReport",
     "Limits",
-    "compile_tools",
-    "inspect_launch",
-    "inspect_launches",
+    "Request",
+    "compile_all",
+    "compile_launch",
     "limits",
+    "reports_of",
     "violations",
 ]
 
@@ -44,8 +40,16 @@ ARCHS = (80, 86, 89, 90, 100, 120)
 _INSTRUCTION_FLOOR, _FLOOR_WITHOUT_PRODUCT = 150, 40
 # Products of 16-bit operands by mma.sync, wgmma, tcgen05; the last that a binary has is the one that it is built on.
 _TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA")
-_MNEMONIC = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
-_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+# The big operands that the main loop of a kernel loads, by their blocks.
+_MAIN_LOOP = {
+    "shrink": ["MK"],
+    "expand": ["RN"],
+    "lowrank_forward": ["MK", "NK"],
+    "grad_input": ["MN", "NK"],
+    "dy_factors": ["MN"],
+    "x_factors": ["MK"],
+    "weight_factor": ["NK"],
+}
 
 
 @dataclass(frozen=True)
@@ -80,16 +84,18 @@ class CodeReport:
     """One compiled launch. Counts are of instructions in the binary (not executed), sizes in bytes a program.
 
     `products` counts tl.dot in the program, `tensor_core` is the kind of instruction that its products became,
-    `tma_loads` and `async_copies` are loads that a pipelined loop has in flight, `programs_per_sm` is how many programs
-    a multiprocessor has room for, `mask_instructions` what drawing or applying a dropout mask costs an element of the
-    tile, and `failure` what the compiler said.
+    `tma_loads` and `async_copies` are instructions that load asynchronously. `bytes_in_flight` is the most that these
+    have on the way at a time, `stages_in_flight` how many steps ahead the big operands of the main loop are loaded
+    (None without such a loop, see `Pipeline`). `programs_per_sm` is how many programs a multiprocessor has room for,
+    `mask_instructions` what drawing or applying a dropout mask costs a thread an element, `low_rank_registers` and
+    `low_rank_shared_bytes` what the low-rank term adds to a forward product, and `failure` what the compiler said.
     """
 
     kernel: str
     arch: int
     tile: Tile
     dtype: str
-    flags: str
+    flags: list[str]
     products: int = 0
     registers: int = 0
     stack_bytes: int = 0
@@ -100,59 +106,183 @@ class CodeReport:
     tensor_core_count: int = 0
     tma_loads: int = 0
     async_copies: int = 0
+    bytes_in_flight: int = 0
+    stages_in_flight: int | None = None
     instructions: int = 0
     global_scratch_bytes: int = 0
     programs_per_sm: int = 0
     mask_instructions: float | None = None
+    low_rank_registers: int | None = None
+    low_rank_shared_bytes: int | None = None
     failure: str = ""
 
 
-def inspect_launch(launch: Launch, arch: int, *, masks: bool = False) -> CodeReport:
-    """Compile a launch for `arch` and read the binary. A compiler's failure is reported, not raised.
+@dataclass(frozen=True)
+class Request:
+    """Which launches are inspected for one target.
 
-    `masks` compiles it without its dropout too, to see what that costs.
+    `calls`: what some layers issue. Without, one launch for every tile of every kernel that a chooser can return, and
+    for every kind of operand (see `variants.covering`); with `every_variant` all that `shipped_launches` lists, where
+    each kind of operand meets several tiles. No two of those compile to the same code.
+
+    With `masks` a launch with dropout is also compiled without; forward products are always compiled without their
+    low-rank term too on sm_90, whose binaries have to compare, and for `calls`.
     """
+
+    arch: int
+    calls: tuple[CallCase, ...] = ()
+    every_variant: bool = False
+    masks: bool = True
+
+    def launches(self) -> list[Launch]:
+        """The launches that are reported, in a fixed order."""
+        if self.calls:
+            return launches_of(self.arch, self.calls)
+        shipped = shipped_launches(self.arch)
+        return shipped if self.every_variant else covering(shipped)
+
+    def unmasked(self, launch: Launch) -> Launch | None:
+        """The twin that tells what the mask of a launch costs."""
+        return without_mask(launch) if self.masks else None
+
+    def plain(self, launch: Launch) -> Launch | None:
+        """The twin that tells what the low-rank term of a forward product costs."""
+        # Elsewhere and unaligned, loops over single elements hold the product's registers, not its blocks.
+        compared = self.calls or (self.arch == 90 and launch.tile.use_tma)
+        return without_low_rank(launch) if compared else None
+
+    def count(self) -> int:
+        """How many binaries are compiled."""
+        return len(_work(self))
+
+
+@lru_cache(maxsize=1)
+def _work(request: Request) -> list[Launch]:
+    """All that is compiled, once: reported launches and their twins.
+
+    Launches hold kernels, which do not travel between processes; every worker builds the same list.
+    """
+    launches = request.launches()
+    twins = (twin(launch) for twin in (request.unmasked, request.plain) for launch in launches)
+    unique = {binary_of(launch): launch for launch in (*launches, *(twin for twin in twins if twin is not None))}
+    return list(unique.values())
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What is kept of a compiled launch: its code, what the compiler said about it, or why there is none."""
+
+    cubin: bytes = b""
+    resources: dict[str, int] | None = None
+    pipeline: Pipeline = Pipeline()
+    products: int = 0
+    warps: int = 0
+    shared_bytes: int = 0
+    tmem_columns: int = 0
+    global_scratch_bytes: int = 0
+    failure: str = ""
+
+
+def compile_launch(launch: Launch, arch: int) -> Binary:
+    """Compile a launch for `arch`. A compiler's failure is reported, not raised."""
     compile_tools()
-    report = CodeReport(launch.name, arch, launch.tile, _dtype_of(launch), _flags_of(launch))
     try:
         compiled = launch.compile(arch)
-        plain = without_mask(launch) if masks else None
-        unmasked = None if plain is None else plain.compile(arch)
     except Exception as error:  # whatever a compiler pass throws belongs into the table
-        return replace(report, failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-    usage, counts = _read(compiled)
+        return Binary(failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    metadata, asm = compiled.metadata, compiled.asm
+    return Binary(
+        asm["cubin"],
+        resources(asm["cubin"]),
+        read_pipeline(asm["ttgir"], launch.tile.num_stages),
+        asm["ttir"].count("tt.dot "),
+        metadata.num_warps,
+        metadata.shared,
+        getattr(metadata, "tmem_size", None) or 0,
+        metadata.global_scratch_size,
+    )
+
+
+def _compile_numbered(index: int, request: Request) -> Binary:
+    return compile_launch(_work(request)[index], request.arch)
+
+
+def compile_all(request: Request, workers: int = 2) -> Iterator[Binary]:
+    """The binaries of a request, as they come, for `reports_of`; one worker is this process."""
+    compile_one, numbers = partial(_compile_numbered, request=request), range(request.count())
+    if workers == 1:
+        yield from map(compile_one, numbers)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        yield from pool.map(compile_one, numbers)
+
+
+def reports_of(request: Request, binaries: Sequence[Binary]) -> list[CodeReport]:
+    """One report for each launch of the request, in order."""
+    counts = count_instructions([binary.cubin for binary in binaries], request.arch)
+    keys = [binary_of(launch) for launch in _work(request)]
+    known = {key: (binary, count) for key, binary, count in zip(keys, binaries, counts, strict=True)}
+    reports = []
+    for launch in request.launches():
+        binary, count = known[binary_of(launch)]
+        report = _report(launch, request.arch, binary, count)
+        unmasked, plain = request.unmasked(launch), request.plain(launch)
+        if unmasked is not None and not report.failure:
+            more = count.total() - known[binary_of(unmasked)][1].total()
+            report = replace(report, mask_instructions=more / (_masked_elements(launch) / (32 * binary.warps)))
+        if plain is not None and not report.failure:
+            report = _compare(report, known[binary_of(plain)][0])
+        reports.append(report)
+    return reports
+
+
+def _report(launch: Launch, arch: int, binary: Binary, counts: Counter[str]) -> CodeReport:
+    report = CodeReport(launch.name, arch, launch.tile, dtype_of(launch), flags_of(launch), failure=binary.failure)
+    usage = binary.resources
+    if usage is None:
+        return report
     tensor_core = next((name for name in reversed(_TENSOR_CORE) if counts[name]), "")
     report = replace(
         report,
-        products=compiled.asm["ttir"].count("tt.dot "),
+        products=binary.products,
         registers=usage["REG"],
         stack_bytes=usage["STACK"] + usage["LOCAL"],
         local_accesses=counts["STL"] + counts["LDL"],
-        shared_bytes=compiled.metadata.shared,
-        tmem_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
+        shared_bytes=binary.shared_bytes,
+        tmem_columns=binary.tmem_columns,
         tensor_core=tensor_core,
         tensor_core_count=counts[tensor_core],
         tma_loads=counts["UTMALDG"],
         async_copies=counts["LDGSTS"],
+        bytes_in_flight=binary.pipeline.bytes_in_flight,
+        stages_in_flight=_stages_in_flight(launch, binary.pipeline),
         instructions=counts.total(),
-        global_scratch_bytes=compiled.metadata.global_scratch_size,
+        global_scratch_bytes=binary.global_scratch_bytes,
     )
-    warps = compiled.metadata.num_warps
-    if unmasked is not None:
-        more = counts.total() - _read(unmasked)[1].total()
-        report = replace(report, mask_instructions=more / (_masked_elements(launch) / (32 * warps)))
-    return replace(report, programs_per_sm=_programs_per_sm(report, warps))
+    return replace(report, programs_per_sm=_programs_per_sm(report, binary.warps))
 
 
-def _read(compiled: Any) -> tuple[dict[str, int], Counter[str]]:
-    """Resource usage and instruction counts of a binary."""
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "kernel.cubin"
-        binary.write_bytes(compiled.asm["cubin"])
-        command = [compile_tools(), "-sass", "-res-usage", str(binary)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return usage, Counter(_MNEMONIC.findall(text))
+def _stages_in_flight(launch: Launch, pipeline: Pipeline) -> int | None:
+    """How many steps ahead the main loop loads the operand that it loads latest; None without such a loop.
+
+    Rows that are not aligned are read one element at a time, which no asynchronous load can.
+    """
+    operands = _MAIN_LOOP.get(launch.name.removesuffix("_tma"))
+    if operands is None or any(launch.args[axis] % 16 for axis in {*"".join(operands)} - {"M"}):
+        return None
+    blocks = [tuple(sorted(launch.args[f"BLOCK_{axis}"] for axis in axes)) for axes in operands]
+    return min(pipeline.depths.get(block, 0) for block in blocks)
+
+
+def _compare(report: CodeReport, plain: Binary) -> CodeReport:
+    """The report with what its low-rank term costs beside the plain product."""
+    if plain.resources is None:
+        return replace(report, failure=f"without its low-rank term: {plain.failure}")
+    return replace(
+        report,
+        low_rank_registers=report.registers - plain.resources["REG"],
+        low_rank_shared_bytes=report.shared_bytes - plain.shared_bytes,
+    )
 
 
 def _programs_per_sm(report: CodeReport, warps: int) -> int:
@@ -164,17 +294,6 @@ def _programs_per_sm(report: CodeReport, warps: int) -> int:
     if report.tmem_columns:
         rooms.append(allowed.tmem_columns // report.tmem_columns)
     return min(rooms)
-
-
-_MASKS = ("seed_ptr", "bits_ptr", "mask_ptr")
-
-
-def without_mask(launch: Launch) -> Launch | None:
-    """The same launch without dropout; None for one that has none."""
-    masks = [name for name in _MASKS if launch.args.get(name) is not None]
-    if not masks:
-        return None
-    return Launch(launch.kernel, launch.grid, {**launch.args, **dict.fromkeys(masks)}, launch.tile)
 
 
 def _masked_elements(launch: Launch) -> int:
@@ -205,65 +324,6 @@ def violations(report: CodeReport) -> list[str]:
         found.append(f"products by {report.tensor_core or 'no tensor core'}, not {allowed.tensor_core}")
     if report.tile.use_tma and report.tma_loads < 2 * report.tile.num_stages:
         found.append(f"not pipelined: {report.tma_loads} TMA loads for {report.tile.num_stages} stages")
+    if report.stages_in_flight is not None and report.stages_in_flight < report.tile.num_stages - 1:
+        found.append(f"not pipelined: loads {report.stages_in_flight} steps ahead of {report.tile.num_stages - 1}")
     return found
-
-
-@cache
-def compile_tools() -> str:
-    """The disassembler that comes with Triton; UnsupportedError where kernels can't be compiled and read."""
-    import triton
-
-    if INTERPRETING:
-        raise UnsupportedError("kernels are interpreted in this process: unset TRITON_INTERPRET to compile them")
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not path.is_file():
-        raise UnsupportedError(f"reading binaries needs cuobjdump, which this build of Triton lacks ({path})")
-    return str(path)
-
-
-def _dtype_of(launch: Launch) -> str:
-    """The dtype of the first operand, which all products of a launch share."""
-    operands = (getattr(value, "base", value) for value in launch.args.values())
-    return next(_DTYPES[t.dtype] for t in operands if isinstance(t, Tensor) and t.dtype in _DTYPES)
-
-
-def _flags_of(launch: Launch) -> str:
-    """What tells launches of one kernel and tile apart: optional operands, other dtypes, switches, odd sizes."""
-    main, flags = _dtype_of(launch), []
-    for param in launch.kernel.params:
-        value = launch.args[param.name]
-        name = param.name.removesuffix("_ptr")
-        if value is None:
-            flags.append(f"no {name}")
-        elif isinstance(value, Tensor) and _DTYPES.get(value.dtype, main) != main:
-            flags.append(f"{name} {_DTYPES[value.dtype]}")
-        elif name == "index":
-            flags.append(f"{name} {str(value.dtype).removeprefix('torch.')}")
-        elif param.is_constexpr and not name.startswith("BLOCK"):
-            flags.append(f"{name.lower()} {value}")
-        elif name in ("N", "K", "R") and value % 16:
-            flags.append(f"{name} {value}")
-        elif name in ("stride_wn", "stride_xm", "stride_dym") and value == 1:
-            flags.append(f"{name} 1")
-    return ", ".join(flags)
-
-
-_prepared: list[Launch] = []
-
-
-def _prepare(arch: int, calls: Sequence[CallCase] | None) -> None:
-    """Launches hold kernels, which do not travel between processes: every worker builds the same list."""
-    _prepared[:] = shipped_launches(arch) if calls is None else launches_of(arch, calls)
-
-
-def _inspect_prepared(index: int, arch: int, masks: bool) -> CodeReport:
-    return inspect_launch(_prepared[index], arch, masks=masks)
-
-
-def inspect_launches(arch: int, calls: Sequence[CallCase] | None = None, workers: int = 2) -> Iterator[CodeReport]:
-    """Reports of the launches of some calls, masks included, or of all `shipped_launches(arch)`; in order, as they
-    come.
-    """
-    count = len(shipped_launches(arch) if calls is None else launches_of(arch, calls))
-    with ProcessPoolExecutor(workers, get_context("spawn"), _prepare, (arch, calls)) as pool:
-        yield from pool.map(partial(_inspect_prepared, arch=arch, masks=calls is not None), range(count))

@@ -21,6 +21,7 @@ from lowrank_fused.kernels.weight_factor import ACTIVATIONS, weight_factor, weig
 
 from ..routes.fused import SPLIT, THIN
 from ..routes.problem import Options, Route
+from .variants import binary_of
 
 __all__ = ["CallCase", "launches_of", "shipped_launches"]
 
@@ -346,7 +347,7 @@ def launches_of(arch: int, cases: Iterable[AnyCase]) -> list[Launch]:
         with targeting(arch), record() as log:
             case.launch()
         for launch in log:
-            launches.setdefault((launch.source().hash(), *launch.options.values()), launch)
+            launches.setdefault(binary_of(launch), launch)
     return list(launches.values())
 
 

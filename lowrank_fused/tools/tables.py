@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich import box
 from rich.console import Console
@@ -137,30 +137,104 @@ def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
 
 
+# The columns of `show_binaries`, and which stand above one another where a console is too narrow for all.
+_COLUMNS = [
+    ("kernel", "tile"), ("operands",), ("regs", "spills"), ("shared", "tmem"), ("/ SM", "in flight"),
+    ("tensor cores",), ("TMA", "cp.async"), ("instr", "a mask"),
+]  # fmt: skip
+_WIDE = 150
+
+
 def show_binaries(reports: Sequence[CodeReport], arch: int, console: Console) -> None:
-    """What the compiler made of each launch, and what is wrong with it."""
+    """What the compiler made of each launch, what its low-rank term costs, and what is wrong with it.
+
+    A narrow console has no room for the operands that tell binaries of one tile apart.
+    """
     from .codegen import violations
 
-    title = f"sm_{arch}: {len(reports)} binaries"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in ("kernel", "tile", "dtype"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("flags", max_width=48)
-    numbers = ("regs", "spilled", "shared", "tmem", "a SM", "tensor cores", "TMA", "async", "instr", "mask/elem")
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict")
-    for r in reports:
-        t, wrong = r.tile, violations(r)
-        tile = f"{t.block_m}x{t.block_n}x{t.block_k} r{t.block_r} w{t.num_warps} s{t.num_stages}"
-        table.add_row(
-            r.kernel, tile, r.dtype, r.flags, str(r.registers), str(r.stack_bytes), f"{r.shared_bytes / 1024:.0f}K",
-            str(r.tmem_columns), str(r.programs_per_sm), f"{r.tensor_core} {r.tensor_core_count or ''}".strip(),
-            str(r.tma_loads), str(r.async_copies), str(r.instructions),
-            "" if r.mask_instructions is None else f"{r.mask_instructions:.1f}",
-            "; ".join(wrong) or "ok", style="red" if wrong else None,
-        )  # fmt: skip
+    wide = console.width >= _WIDE
+    cells = [(name,) for names in _COLUMNS for name in names] if wide else [c for c in _COLUMNS if c != ("operands",)]
+    table = _dense_table(f"sm_{arch}: {len(reports)} binaries", ["\n".join(names) for names in cells])
+    for r, operands in zip(reports, _operands_of(reports), strict=True):
+        values = {
+            "kernel": f"{r.kernel} {r.dtype}",
+            "tile": _tile(r) if wide else f"  {_tile(r)}",
+            "operands": operands,
+            "regs": str(r.registers),
+            "spills": str(r.stack_bytes),
+            "shared": _kib(r.shared_bytes),
+            "tmem": str(r.tmem_columns or ""),
+            "/ SM": str(r.programs_per_sm),
+            "in flight": _kib(r.bytes_in_flight * r.programs_per_sm),
+            "tensor cores": f"{r.tensor_core} {r.tensor_core_count}" if r.tensor_core else "",
+            "TMA": str(r.tma_loads or ""),
+            "cp.async": str(r.async_copies or ""),
+            "instr": str(r.instructions),
+            "a mask": "" if r.mask_instructions is None else f"{r.mask_instructions:.1f}",
+        }
+        style = "red" if violations(r) else None
+        table.add_row(*("\n".join(values[name] for name in names) for names in cells), style=style)
     console.print(table, markup=False)
+    console.print(
+        "regs: a thread's; spills in bytes, tmem in columns; / SM: programs that a multiprocessor has room for; "
+        "in flight: the most that asynchronous loads of all these have on their way; TMA, cp.async, instr: "
+        "instructions in the binary; a mask: instructions of a thread for one element of the tile",
+        style="dim",
+    )
+    _show_low_rank(reports, console)
+    for r in reports:
+        for fault in violations(r):
+            console.print(f"{r.kernel} {_tile(r)} {r.dtype} ({', '.join(r.flags)}): {fault}", style="red", markup=False)
+
+
+def _show_low_rank(reports: Sequence[CodeReport], console: Console) -> None:
+    """Registers and shared memory of forward products beside those of the same without a low-rank term."""
+    compared = [r for r in reports if r.low_rank_registers is not None and r.low_rank_shared_bytes is not None]
+    if not compared:
+        return
+    wide = console.width >= _WIDE
+    names = ["kernel", "tile", *(["operands"] if wide else []), "regs", "than\nplain", "shared", "than\nplain"]
+    table = _dense_table("Forward products beside the same without a low-rank term", names)
+    for r, operands in zip(compared, _operands_of(compared), strict=True):
+        registers, shared = f"{r.low_rank_registers:+}", f"{(r.low_rank_shared_bytes or 0) / 1024:+.0f}K"
+        told = [f"{r.kernel} {r.dtype}", _tile(r), *([operands] if wide else [])]
+        table.add_row(*told, str(r.registers), registers, _kib(r.shared_bytes), shared)
+    console.print(table, markup=False)
+
+
+def _dense_table(title: str, names: Sequence[str]) -> Table:
+    """An empty table of some words and then numbers, with as little space between columns as can be read."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    words = ("kernel", "tile", "operands")
+    for name in names:
+        justify: Literal["left", "right"] = "left" if name.startswith(words) else "right"
+        table.add_column(name, no_wrap=name != "operands", justify=justify)
+    return table
+
+
+def _operands_of(reports: Sequence[CodeReport]) -> list[str]:
+    """For each binary the operands that not all of its kernel have, and what else tells it from those of its dtype."""
+    optional: dict[str, set[str]] = {}
+    common: dict[tuple[str, str], set[str]] = {}
+    for r in reports:
+        optional.setdefault(r.kernel, set()).update(flag[3:] for flag in r.flags if flag.startswith("no "))
+        common[r.kernel, r.dtype] = common.get((r.kernel, r.dtype), set(r.flags)) & set(r.flags)
+    texts = []
+    for r in reports:
+        follows = ("no ", "rank_multiple ")  # from what is mentioned
+        special = [f for f in r.flags if not f.startswith(follows) and f not in common[r.kernel, r.dtype]]
+        mentioned = {flag.split()[0] for flag in special} | {flag[3:] for flag in r.flags if flag.startswith("no ")}
+        texts.append(", ".join([*sorted(optional[r.kernel] - mentioned), *special]))
+    return texts
+
+
+def _tile(report: CodeReport) -> str:
+    t = report.tile
+    return f"{t.block_m}x{t.block_n}x{t.block_k} r{t.block_r} w{t.num_warps} s{t.num_stages}"
+
+
+def _kib(size: int) -> str:
+    return f"{size / 1024:.{0 if size >= 1024 else 1}f}K" if size else "0"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
