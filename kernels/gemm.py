@@ -36,6 +36,8 @@ __all__ = [
     "descriptor_product",
     "drop",
     "fastest",
+    "has_aligned_rows",
+    "low_rank_descriptor_product",
     "low_rank_product",
     "pointer_product",
     "rank_multiple",
@@ -97,10 +99,10 @@ def fastest(tiles: Iterable[tuple[Tile, float]], rows: int, cols: int, sms: int)
 def access_of(*matrices: Tensor, arch: int) -> Access:
     """The fastest way in which all of these 2-D operands can be read and written on this GPU."""
     by_descriptor = TensorDescriptor is not None and 90 <= arch < 120
-    if by_descriptor and all(m.element_size() == 2 and _has_aligned_rows(m, 16) for m in matrices):
+    if by_descriptor and all(m.element_size() == 2 and has_aligned_rows(m, 16) for m in matrices):
         return "descriptors"
     # Triton loads vectors where it can prove that it may: sizes and steps that are multiples of 16 elements.
-    if all(_has_aligned_rows(m, 16 * m.element_size()) and _row_length(m) % 16 == 0 for m in matrices):
+    if all(has_aligned_rows(m, 16 * m.element_size()) and _row_length(m) % 16 == 0 for m in matrices):
         return "vectors"
     return "elements"
 
@@ -109,7 +111,7 @@ def _row_length(matrix: Tensor) -> int:
     return matrix.shape[1] if matrix.stride(1) == 1 else matrix.shape[0]
 
 
-def _has_aligned_rows(matrix: Tensor, step: int) -> bool:
+def has_aligned_rows(matrix: Tensor, step: int) -> bool:
     """Runs of consecutive elements that start at multiples of `step` bytes and do not overlap."""
     inner, outer = sorted(matrix.stride())
     aligned = outer * matrix.element_size() % step == 0 and matrix.data_ptr() % 16 == 0
@@ -189,6 +191,17 @@ def low_rank_product(
         u = tl.load(u_ptrs + r, mask=mask_m & (offs_r[None, :] < R - r), other=0.0)
         f = tl.load(f_ptrs + r * stride_fr, mask=mask_c & (offs_r[:, None] < R - r), other=0.0)
         acc = dot(u, cast(f, u.dtype), acc)
+    return acc
+
+
+@triton.jit
+def low_rank_descriptor_product(acc, u_desc, f_desc, row, col, R, BLOCK_R: tl.constexpr):
+    """acc + u[row:, :] · f[col:, :]ᵀ through descriptors, which read zeros beyond the edges.
+
+    Few steps, most often one: pipelined, their state would take registers beside the accumulator.
+    """
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        acc = dot(u_desc.load([row, r]), f_desc.load([col, r]).T, acc)
     return acc
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +17,8 @@ from .gemm import (
     choose_gemm_tile,
     descriptor,
     descriptor_product,
+    has_aligned_rows,
+    low_rank_descriptor_product,
     low_rank_product,
     pointer_product,
     rank_multiple,
@@ -51,7 +56,7 @@ def _lowrank_forward_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _lowrank_forward_tma_kernel(
-    x_desc, w_desc, v_ptr, b_ptr, bias_ptr, y_desc,
+    x_desc, w_desc, v_desc, b_desc, v_ptr, b_ptr, bias_ptr, y_desc,
     M, N, K, R,
     stride_vm,
     W_ALONG_K: tl.constexpr, RANK_MULTIPLE: tl.constexpr,
@@ -59,6 +64,7 @@ def _lowrank_forward_tma_kernel(
 ):  # fmt: skip
     """The same through descriptors of x, W and y, with as many programs as SMs taking tiles in turn.
 
+    v and B come through descriptors or through pointers, and there are those that they come through.
     The low-rank product comes after the main loop: before it, or pipelined with it, its blocks would need
     shared memory beside those of x and W.
     """
@@ -71,15 +77,39 @@ def _lowrank_forward_tma_kernel(
         cols = col.to(tl.int64) + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc = descriptor_product(acc, x_desc, w_desc, row, col, K, W_ALONG_K, BLOCK_K)
-        acc = low_rank_product(acc, v_ptr, b_ptr, rows, cols, M, N, R, stride_vm, 1, R, BLOCK_R)
+        if v_desc is not None:
+            acc = low_rank_descriptor_product(acc, v_desc, b_desc, row, col, R, BLOCK_R)
+        else:
+            acc = low_rank_product(acc, v_ptr, b_ptr, rows, cols, M, N, R, stride_vm, 1, R, BLOCK_R)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
         y_desc.store([row, col], cast(acc, y_desc.dtype))
 
 
-def choose_tile(M: int, N: int, K: int, R: int, dtype: torch.dtype, access: Access, sms: int) -> Tile:
-    """Block sizes for y [M, N] on a GPU with `sms` multiprocessors."""
-    return choose_gemm_tile(M, N, R, dtype, access, sms)
+def choose_tile(
+    M: int, N: int, K: int, R: int, dtype: torch.dtype, access: Access, sms: int, thin_descriptors: bool = False
+) -> Tile:
+    """Block sizes for y [M, N] on a GPU with `sms` multiprocessors.
+
+    Through descriptors v and B are read in one step up to rank 128: into the shared memory of the main loop, and each
+    further step would wait for memory once more.
+    """
+    tile = choose_gemm_tile(M, N, R, dtype, access, sms)
+    if tile.use_tma and thin_descriptors:
+        return replace(tile, block_r=16 if R <= 16 else 64 if R <= 64 else 128)
+    return tile
+
+
+def _thin_operands(v: Tensor, b: Tensor, tile: Tile, by_descriptor: bool) -> dict[str, Any]:
+    """v and B as arguments of the kernel with descriptors.
+
+    Through descriptors the low-rank term takes at most 3 registers beside the product on sm_90, through pointers 10
+    to 33, and more where their elements are read one by one.
+    """
+    if not by_descriptor:
+        return {"v_desc": None, "b_desc": None, "v_ptr": v, "b_ptr": b}
+    blocks = {"v_desc": descriptor(v, tile.block_m, tile.block_r), "b_desc": descriptor(b, tile.block_n, tile.block_r)}
+    return {**blocks, "v_ptr": None, "b_ptr": None}
 
 
 def lowrank_forward(
@@ -95,10 +125,12 @@ def lowrank_forward(
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    if tile is None:
-        tile = choose_tile(M, N, K, R, x.dtype, access_of(x, w, y, arch=arch_of(x)), sm_count(x))
     v, b = with_adjacent_ranks(v), b.contiguous()
-    args = {"v_ptr": v, "b_ptr": b, "bias_ptr": None if bias is None else bias.contiguous(), **blocks_of(tile)}
+    thin_descriptors = v.dtype == b.dtype and has_aligned_rows(v, 16) and has_aligned_rows(b, 16)
+    if tile is None:
+        access = access_of(x, w, y, arch=arch_of(x))
+        tile = choose_tile(M, N, K, R, x.dtype, access, sm_count(x), thin_descriptors)
+    args = {"bias_ptr": None if bias is None else bias.contiguous(), **blocks_of(tile)}
     args |= {"M": M, "N": N, "K": K, "R": R, "stride_vm": v.stride(0), "RANK_MULTIPLE": rank_multiple(R, v.stride(0))}
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     if tile.use_tma:
@@ -107,10 +139,12 @@ def lowrank_forward(
         args["w_desc"] = descriptor(w, tile.block_n, tile.block_k)
         args["y_desc"] = descriptor(y, tile.block_m, tile.block_n)
         args["W_ALONG_K"] = w.stride(1) == 1
+        args |= _thin_operands(v, b, tile, thin_descriptors)
     else:
         kernel, grid = _lowrank_forward_kernel, tiles
         args |= {"x_ptr": x, "stride_xm": x.stride(0), "stride_xk": x.stride(1)}
         args |= {"w_ptr": w, "stride_wn": w.stride(0), "stride_wk": w.stride(1), "y_ptr": y}
+        args |= {"v_ptr": v, "b_ptr": b}
     read = sum(t.nbytes for t in (x, w, v, b, bias) if t is not None)
     Launch(kernel, (grid,), args, tile, read, y.nbytes, 2 * M * N * (K + R)).run()
     return y

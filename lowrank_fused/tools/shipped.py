@@ -77,6 +77,7 @@ def _cases() -> Iterator[CallCase]:
         yield CallCase(m, n, n, p=0.1, routes=split)
         yield CallCase(m, n, n, routes=(SPLIT,))
         yield CallCase(m, n, n, p=0.1, r=64, routes=(SPLIT,))
+        yield CallCase(m, n, n, r=128, routes=(SPLIT,))
         yield CallCase(m, n + 4, n + 4, p=0.1, routes=(SPLIT,))
     yield CallCase(p=0.1, dtype=torch.float32)
     yield CallCase(8, p=0.1, dtype=torch.float32, routes=(SPLIT,))
@@ -85,7 +86,6 @@ def _cases() -> Iterator[CallCase]:
     yield CallCase(r=64)
     yield CallCase(r=32, p=0.1)
     yield CallCase(r=128, p=0.1)
-    yield CallCase(8, r=128, routes=(SPLIT,))
     for r in (1, 8, 17):
         yield CallCase(r=r, p=0.1, routes=(SPLIT, THIN) if r == 17 else (SPLIT,))
     yield CallCase(n=4100, k=4100, routes=(THIN,))

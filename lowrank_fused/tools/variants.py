@@ -52,7 +52,8 @@ def flags_of(launch: Launch) -> list[str]:
 def covering(launches: Sequence[Launch]) -> list[Launch]:
     """Few of these launches in which each of the following occurs that occurs in any, in the given order.
 
-    For every kernel: each tile, each tile with a dropout mask, each dtype and each flag of `flags_of`.
+    For every kernel: each tile, also with a dropout mask and with each layout of the weight; each dtype; each flag of
+    `flags_of`.
     Each step takes the launch with most of what is still missing.
     """
     kinds = [_kinds_of(launch) for launch in launches]
@@ -66,7 +67,9 @@ def covering(launches: Sequence[Launch]) -> list[Launch]:
 
 
 def _kinds_of(launch: Launch) -> set[tuple[Any, ...]]:
-    kinds: set[tuple[Any, ...]] = {(launch.name, flag) for flag in flags_of(launch)}
+    flags = flags_of(launch)
+    kinds: set[tuple[Any, ...]] = {(launch.name, flag) for flag in flags}
+    kinds |= {(launch.name, launch.tile, flag) for flag in flags if flag.startswith("w_along")}
     kinds |= {(launch.name, dtype_of(launch)), (launch.name, launch.tile)}
     return kinds | {(launch.name, launch.tile, "masked")} if is_masked(launch) else kinds
 
