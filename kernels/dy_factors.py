@@ -116,7 +116,8 @@ def choose_tile(N: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
     if dtype == torch.float32:
         return Tile(block_m=32, block_n=32, block_r=block_r, num_warps=4, num_stages=3)
     if N % 16 or R % 8:  # elements are read one by one, and each takes a register
-        return Tile(block_m=64 if block_r == 16 else 32, block_n=128, block_r=block_r, num_warps=8, num_stages=3)
+        block_m = 64 if block_r == 16 else 32
+        return Tile(block_m=block_m, block_n=128, block_r=block_r, num_warps=8, num_stages=3, max_registers=255)
     # 512 columns beside a core's gradient spill where products read their operands from registers (sm_80, 86, 89).
     wide = block_r == 16 and N >= 2048 and arch in (90, 100)
     # On sm_100 64 rows of 64 ranks would be products in tensor memory, and the way there spills.

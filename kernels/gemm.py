@@ -80,6 +80,8 @@ _FP32_TILES = [
 def choose_gemm_tile(rows: int, cols: int, rank: int, dtype: torch.dtype, access: Access, sms: int) -> Tile:
     """The tile expected fastest for an output [rows, cols]; block_n is along its columns."""
     tile = fastest(_FP32_TILES if dtype == torch.float32 else TILES[access], rows, cols, sms)
+    if rank % 8 and not tile.use_tma and tile.block_m * tile.block_n >= 128 * 128:
+        tile = replace(tile, num_warps=8)  # u and f are then read element by element, which takes registers
     # Loads of single elements, or mma.sync's accumulators, leave registers for narrow blocks of u and f.
     wide = tile.use_tma and rank > 16 and rank % 16 == 0
     return replace(tile, block_r=32 if wide else 16)

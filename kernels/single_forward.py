@@ -40,7 +40,7 @@ TILES: dict[Access, list[tuple[Tile, float]]] = {
     ],
     "elements": [
         (Tile(64, 64, 32, 16, num_warps=4, num_stages=3), 1.0),
-        (Tile(32, 64, 32, 64, num_warps=4, num_stages=3), 0.6),
+        (Tile(32, 64, 32, 64, num_warps=8, num_stages=3), 0.6),
         (Tile(16, 64, 32, 64, num_warps=4, num_stages=3), 0.35),
     ],
 }
