@@ -40,12 +40,12 @@ class Settings:
     where PEFT puts them.
     """
 
-    snippets: int = 1536
-    held_out: int = 1000
+    snippets: int = 1344
+    held_out: int = 800
     batch_size: int = 32
     epochs: int = 1
     dropout: float = 0.1
-    dropout_steps: int = 16
+    dropout_steps: int = 10
     learning_rate: float = 2e-3
     seed: int = 0
     device: torch.device | None = None
