@@ -20,7 +20,7 @@ import lowrank_fused as lf
 from lowrank_fused.errors import LaunchError, NotAcceleratedError
 from lowrank_fused.grouping import GROUP
 from lowrank_fused.peft import layers as peft_layers
-from lowrank_fused.peft import swap
+from lowrank_fused.peft import readers, swap
 from lowrank_fused.peft.layers import STATE, Accelerated
 from lowrank_fused.peft.report import Report, Row
 from lowrank_fused.routes import addmm
@@ -488,3 +488,13 @@ def test_classes_are_made_once_and_can_be_found_by_name():
     assert len({made.__name__ for made in classes.values()}) == len(classes)
     with pytest.raises(AttributeError, match="AcceleratedNothing"):
         peft_layers.AcceleratedNothing  # noqa: B018
+
+
+def test_readers_are_complete() -> None:
+    with pytest.raises(TypeError, match="Half must define modules, read, tensors"):
+
+        @readers.reader("half:Linear")
+        class Half(readers.Reader):
+            @staticmethod
+            def adapters(layer: Any) -> Any:
+                return {}

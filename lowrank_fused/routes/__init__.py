@@ -16,7 +16,6 @@ one number that decides between `thin` and `split`: e, the speed of Triton's GEM
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Literal, cast
 
 import torch
@@ -51,7 +50,6 @@ _BALANCE = {80: 149, 86: 90, 89: 172, 90: 263, 100: 214, 120: 117}
 _GEMM_EFFICIENCY = {80: 0.90, 86: 0.90, 89: 0.90, 90: 0.96, 100: 0.85, 120: 0.85}
 
 
-@lru_cache(1024)
 def choose(
     direction: Literal["forward", "backward"],
     m: int,

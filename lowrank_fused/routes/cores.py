@@ -44,7 +44,7 @@ def core_grad(gv: Tensor, s: Tensor, kind: str) -> Tensor:
     """dcore in the shape of the core, summed in fp32 or wider."""
     wide = torch.promote_types(gv.dtype, torch.float32)
     if kind == "diag":
-        return (s * gv.to(wide)).sum(0)
+        return (s.to(wide) * gv.to(wide)).sum(0)
     if kind == "dense":
         return (gv.t() @ s).to(wide)
     return torch.einsum("mr,mer->me", s.to(wide), gv.to(wide).unflatten(1, (-1, s.shape[1])))

@@ -6,6 +6,8 @@ Readers take every tensor from where PEFT keeps it, in every call, so nothing ha
 from __future__ import annotations
 
 import importlib
+import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -59,7 +61,7 @@ class Part:
     dropped: tuple[int, torch.dtype | None] | None = None
 
 
-class Reader:
+class Reader(ABC):
     """What is asked of a reader. It holds no state: all are functions of PEFT's layer and an adapter's name."""
 
     # Our names of the methods it reads.
@@ -68,9 +70,9 @@ class Reader:
     returns_dtype_of_input = False
 
     @staticmethod
+    @abstractmethod
     def adapters(layer: Any) -> Mapping[str, Any]:
         """The adapters that the layer holds, by name."""
-        raise NotImplementedError
 
     @classmethod
     def method(cls, layer: Any, adapter: str) -> str:
@@ -91,19 +93,19 @@ class Reader:
         return None
 
     @staticmethod
+    @abstractmethod
     def modules(layer: Any, adapter: str) -> tuple[nn.Module, ...]:
         """Modules that PEFT's forward calls: a hook on one of them has to fire."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def tensors(layer: Any, adapter: str) -> tuple[Tensor, ...]:
         """The adapter's tensors; the first has the dtype that PEFT computes in."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def read(layer: Any, adapter: str, base: Base | None, remembered: Remembered) -> Part:
         """The adapter as the engine takes it, in differentiable PyTorch; `base` is there if it needs the weight."""
-        raise NotImplementedError
 
 
 _READERS: Registry[type[Reader]] = Registry("reader", __name__)
@@ -113,6 +115,9 @@ def reader(*layers: str) -> Callable[[type[Reader]], type[Reader]]:
     """Register a reader for PEFT's layer classes, each "module:class" below peft.tuners."""
 
     def register(cls: type[Reader]) -> type[Reader]:
+        # Readers are never instantiated, which is when Python would look.
+        if inspect.isabstract(cls):
+            raise TypeError(f"{cls.__name__} must define {', '.join(sorted(cls.__abstractmethods__))}")
         for layer in layers:
             _READERS.add(layer, cls)
         return cls
