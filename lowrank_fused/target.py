@@ -1,15 +1,20 @@
-"""What machine is this: facts that decide routes, asked when needed and never at import."""
+"""What machine is this: facts that decide routes. Importing this touches no GPU and does not import Triton.
+
+torch.compile traces what is here, so that nothing is cached by decorators, which it warns of and looks through.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
-__all__ = ["CPU", "Target", "has_triton", "interpreting", "target_of"]
+__all__ = ["CPU", "HAS_TRITON", "Target", "interpreting", "target_of"]
+
+# Whether Triton is installed.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -23,23 +28,22 @@ class Target:
 CPU = Target(arch=0, has_triton=False)
 
 
-@cache
-def has_triton() -> bool:
-    """Whether Triton is installed. Does not import it."""
-    return importlib.util.find_spec("triton") is not None
-
-
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU and slowly: for tests."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1" and has_triton()
+    return os.environ.get("TRITON_INTERPRET", "0") == "1" and HAS_TRITON
 
 
-@cache
+_targets: dict[int, Target] = {}
+
+
 def _cuda_target(index: int) -> Target:
-    major, minor = torch.cuda.get_device_capability(index)
-    # Tensor-core products of 16-bit operands, which every kernel here is built on, start with Ampere.
-    usable = major >= 8 and has_triton() and torch.version.hip is None
-    return Target(arch=10 * major + minor, has_triton=usable)
+    known = _targets.get(index)
+    if known is None:
+        major, minor = torch.cuda.get_device_capability(index)
+        # Tensor-core products of 16-bit operands, which every kernel here is built on, start with Ampere.
+        usable = major >= 8 and HAS_TRITON and torch.version.hip is None
+        known = _targets[index] = Target(arch=10 * major + minor, has_triton=usable)
+    return known
 
 
 def target_of(device: torch.device) -> Target:
