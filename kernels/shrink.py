@@ -94,6 +94,7 @@ def _shrink_kernel(
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
     a_ptrs = a_ptr + offs_r[None, :] * stride_ar + offs_k[:, None] * stride_ak
     row_bytes = tl.cdiv(K, 8)
+    stored_bytes = tl.where(pid_r == 0, row_bytes, 0)  # programs of other ranks draw the same mask
     offs_byte = tl.arange(0, BLOCK_K // 8)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -105,7 +106,7 @@ def _shrink_kernel(
         if seed_ptr is not None:
             bits = draw_bits(seed, offs_m, offs_byte + k // 8, row_bytes, threshold)
             if mask_ptr is not None:
-                mask_bits = mask_m[:, None] & (offs_byte < row_bytes - k // 8)[None, :] & (pid_r == 0)
+                mask_bits = mask_m[:, None] & (offs_byte < stored_bytes - k // 8)[None, :]
                 bit_ptrs = mask_ptr + offs_m[:, None] * row_bytes + (offs_byte + k // 8)[None, :]
                 tl.store(bit_ptrs, bits.to(tl.uint8), mask=mask_bits)
             x = tl.where(spread_bits(bits, BLOCK_M, BLOCK_K), x, 0.0)

@@ -64,7 +64,8 @@ def _kept(
         if seed_ptr is not None:
             bits = draw_bits(seed, rows, offs_byte, row_bytes, threshold)
             if mask_ptr is not None:
-                tl.store(mask_ptr + offs, bits.to(tl.uint8), mask=inside & writes)
+                stored = inside & (offs_byte < tl.where(writes, row_bytes, 0))[None, :]
+                tl.store(mask_ptr + offs, bits.to(tl.uint8), mask=stored)
         else:
             bits = tl.load(bits_ptr + offs, mask=inside, other=0)
         x = tl.where(spread_bits(bits, BLOCK_M, BLOCK_K), x, 0.0)
@@ -80,7 +81,7 @@ def _finish(
     offs_r = tl.arange(0, BLOCK_R)
     mask_m, mask_n, mask_r = rows < M, cols < N, offs_r < R
     if s_ptr is not None:
-        mask_s = mask_m[:, None] & mask_r[None, :] & writes
+        mask_s = mask_m[:, None] & (offs_r < tl.where(writes, R, 0))[None, :]
         tl.store(s_ptr + rows[:, None] * R + offs_r[None, :], cast(s, IO), mask=mask_s)
     if core_ptr is not None:
         s *= tl.load(core_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]

@@ -42,6 +42,8 @@ def best_device() -> torch.device:
 
 def version_of(package: str) -> str | None:
     """The installed version of a distribution, without importing it; None where there is none."""
+    if package == "torch":
+        return str(torch.__version__)  # with its build, +cu130 say, which not every wheel's metadata tells
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
