@@ -43,6 +43,7 @@ test: lint ## everything that CI runs: lint, types, tests, and each benchmark on
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 300 --durations 20
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(OLD_PEFT) $(BIN)/python -m pytest -n 2 --timeout 300 $(PEFT_TESTS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest bench --benchmark-disable --timeout 300
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.cpu --quick
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -260,10 +260,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=RESULTS, help="folder for cpu.json and cpu.md (default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="two rounds of everything; nothing is written, times are not judged"
+    )
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     console = Console()
-    report = run(Setting(), console)
+    report = run(replace(Setting(), rounds=(2, 2)) if given.quick else Setting(), console)
+    if given.quick:
+        show(report, console)
+        console.print("Two rounds say nothing about times: what was judged is correctness and the bytes kept.")
+        return 1 if report.wrong or any(goal.unit == "B" for goal in missed(report.goals)) else 0
     command = ["python", "-m", "bench.cpu", *(sys.argv[1:] if arguments is None else arguments)]
     content = document(report.rows, environment(), command, goals=as_dicts(report.goals), wrong=report.wrong)
     write_json(given.out / "cpu.json", content)

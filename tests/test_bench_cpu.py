@@ -111,3 +111,27 @@ def test_exit_status_and_files(
     page = (tmp_path / "cpu.md").read_text()
     assert "at least 1.05 x" in page and ("MISSED" in page) == (value < 1.05)
     assert content["environment"]["cpu"] in page and content["commit"] in page
+
+
+@pytest.mark.parametrize(
+    ("goals", "wrong", "status"),
+    [
+        ([Goal("layer", 0.5, 1.05)], [], 0),
+        ([Goal("kept", 900.0, 800.0, "B", at_least=False)], [], 1),
+        ([Goal("layer", 1.2, 1.05)], ["ours: y"], 1),
+    ],
+)
+def test_a_quick_run_judges_no_times(
+    goals: list[Goal], wrong: list[str], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[cpu.Setting] = []
+
+    def run(setting: cpu.Setting, console: Console) -> cpu.Report:
+        asked.append(setting)
+        return cpu.Report([], goals, wrong)
+
+    monkeypatch.setattr(cpu, "run", run)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    assert cpu.main(["--quick", "--out", str(tmp_path)]) == status
+    assert asked[0].rounds == (2, 2) and asked[0].shapes == cpu.Setting().shapes
+    assert not list(tmp_path.iterdir())
