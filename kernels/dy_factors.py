@@ -190,8 +190,8 @@ def dy_factors(
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r, BLOCK=128 * tile.num_warps,
         ),
         tile,
-        bytes_read=dy.nbytes + b.nbytes + s.nbytes + ds_parts.nbytes + db_parts.nbytes,
-        bytes_written=ds_parts.nbytes + db_parts.nbytes + ds.nbytes + db.nbytes,
+        reads=(dy, b, s, ds_parts, db_parts),
+        writes=(ds_parts, db_parts, ds, db),
         flops=4 * M * N * R,
     ).run()  # fmt: skip
     return DyFactors(ds, db, dcore)

@@ -87,8 +87,8 @@ def expand(
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r,
             ),
             tile,
-            bytes_read=sum(i.nbytes for i in (v, b, bias, mask) if i is not None),
-            bytes_written=y.nbytes,
+            reads=(v, b, bias, mask),
+            writes=(y,),
             flops=2 * M * N * R,
         ).run()  # fmt: skip
     return y

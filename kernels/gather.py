@@ -185,8 +185,8 @@ def gather(
                 **_numbers(index), BLOCK=tile.block_m,
             ),
             tile,
-            bytes_read=theta.nbytes + (0 if some is None else some.nbytes),
-            bytes_written=out.nbytes,
+            reads=(theta, some),
+            writes=(out,),
         ).run()  # fmt: skip
     return out
 
@@ -215,8 +215,8 @@ def scatter_add(
                 **_numbers(index), BLOCK=tile.block_m,
             ),
             tile,
-            bytes_read=grad.nbytes + out.nbytes + (0 if some is None else some.nbytes),
-            bytes_written=out.nbytes,
+            reads=(grad, out, some),
+            writes=(out,),
             flops=count,
         ).run()  # fmt: skip
     return out
@@ -256,8 +256,8 @@ def segment_sum(
             BLOCK_D=tile.block_m, BLOCK_C=tile.block_k,
         ),
         tile,
-        bytes_read=grad.nbytes + scale.nbytes + sum(t.nbytes for t in (order, starts) if t is not None),
-        bytes_written=out.nbytes,
+        reads=(grad, scale, order, starts),
+        writes=(out,),
         flops=total,
     ).run()  # fmt: skip
     return out

@@ -115,9 +115,11 @@ def _row_length(matrix: Tensor) -> int:
 
 def has_aligned_rows(matrix: Tensor, step: int) -> bool:
     """Runs of consecutive elements that start at multiples of `step` bytes and do not overlap."""
-    inner, outer = sorted(matrix.stride())
+    (outer, inner), (_, length) = matrix.stride(), matrix.shape
+    if inner != 1:
+        inner, outer, length = outer, inner, matrix.shape[0]
     aligned = outer * matrix.element_size() % step == 0 and matrix.data_ptr() % 16 == 0
-    return inner == 1 and outer >= _row_length(matrix) and aligned
+    return inner == 1 and outer >= length and aligned
 
 
 def descriptor(matrix: Tensor, block_rows: int, block_cols: int) -> Any:

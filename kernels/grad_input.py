@@ -147,6 +147,5 @@ def grad_input(
         kernel, grid = _grad_input_kernel, tiles
         args |= {"dy_ptr": dy, "stride_dym": dy.stride(0), "stride_dyn": dy.stride(1)}
         args |= {"w_ptr": w, "stride_wn": w.stride(0), "stride_wk": w.stride(1), "dx_ptr": dx}
-    read = sum(t.nbytes for t in (dy, w, ds, a, mask, add) if t is not None)
-    Launch(kernel, (grid,), args, tile, read, dx.nbytes, 2 * M * K * (N + R)).run()
+    Launch(kernel, (grid,), args, tile, (dy, w, ds, a, mask, add), (dx,), 2 * M * K * (N + R)).run()
     return dx

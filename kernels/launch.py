@@ -14,7 +14,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -23,6 +23,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from .launcher import launcher_of
 
 __all__ = [
     "INTERPRETING",
@@ -88,31 +90,50 @@ class Tile:
     max_registers: int | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class Launch:
-    """A kernel, its grid and its arguments by name; FLOPs and bytes as the algorithm needs them, no re-reads."""
+    """A kernel, its grid and its arguments by name.
+
+    FLOPs, and the tensors that are read and written, are as the algorithm needs them, without re-reads; those that are
+    not there are None.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     args: dict[str, Any]
     tile: Tile
-    bytes_read: int = 0
-    bytes_written: int = 0
+    reads: tuple[Tensor | None, ...] = ()
+    writes: tuple[Tensor | None, ...] = ()
     flops: int = 0
-    name: str = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.name = self.kernel.fn.__name__.removeprefix("_").removesuffix("_kernel")
+    @property
+    def name(self) -> str:
+        """What the kernel is called outside its file."""
+        return self.kernel.fn.__name__.removeprefix("_").removesuffix("_kernel")
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all tensors that are read."""
+        return sum(tensor.nbytes for tensor in self.reads if tensor is not None)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of all tensors that are written."""
+        return sum(tensor.nbytes for tensor in self.writes if tensor is not None)
 
     def run(self) -> None:
         """Launch on the device of the tensors; on the meta device only record."""
         for log in _recorders.get():
             log.append(self)
-        device = next(t.device for t in map(_tensor_of, self.args.values()) if t is not None)
-        if device.type == "meta":
-            return
-        guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with guard:
+        device = _device_of(self.args)
+        if device.type == "cuda" and not INTERPRETING:
+            launcher = launcher_of(self.kernel)
+            if device.index == torch.cuda.current_device():
+                launcher(self, device.index)
+            else:
+                with torch.cuda.device(device):
+                    launcher(self, device.index)
+        elif device.type != "meta":
             self.kernel[self.grid](**self.args, **self.options)
 
     @property
@@ -142,10 +163,14 @@ class Launch:
         return triton.compile(self.source(), target=GPUTarget("cuda", arch, 32), options=self.options)
 
 
-def _tensor_of(value: Any) -> Tensor | None:
-    """The tensor that an argument is, or that it describes."""
-    base = getattr(value, "base", value)
-    return base if isinstance(base, Tensor) else None
+def _device_of(args: dict[str, Any]) -> torch.device:
+    """Where the first tensor is, or what the first descriptor describes."""
+    for value in args.values():
+        if isinstance(value, Tensor):
+            return value.device
+        if hasattr(value, "block_shape"):
+            return value.base.device
+    raise TypeError("a launch needs a tensor among its arguments")
 
 
 def _signature_of(value: Any, do_not_specialize: bool) -> str:

@@ -145,6 +145,5 @@ def lowrank_forward(
         args |= {"x_ptr": x, "stride_xm": x.stride(0), "stride_xk": x.stride(1)}
         args |= {"w_ptr": w, "stride_wn": w.stride(0), "stride_wk": w.stride(1), "y_ptr": y}
         args |= {"v_ptr": v, "b_ptr": b}
-    read = sum(t.nbytes for t in (x, w, v, b, bias) if t is not None)
-    Launch(kernel, (grid,), args, tile, read, y.nbytes, 2 * M * N * (K + R)).run()
+    Launch(kernel, (grid,), args, tile, (x, w, v, b, bias), (y,), 2 * M * N * (K + R)).run()
     return y

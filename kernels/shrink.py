@@ -313,11 +313,9 @@ def launch_shrink(
     chunk_k = tile.block_k * cdiv(cdiv(K, tile.block_k), split)
     split = cdiv(K, chunk_k)
     parts = torch.empty((split, M, R), dtype=torch.float32, device=x.device) if split > 1 else None
-    parts_bytes = 0 if parts is None else parts.nbytes
     RV = R if v is None else v.shape[1]
     block_v = max(16, triton.next_power_of_2(RV)) if core_kind == "dense" else 16
     drawn = mask if dropout_p and bits is None else None
-    outputs = [out for out in (s, v, drawn, dcore_parts) if out is not None]
     Launch(
         _shrink_kernel,
         (rank_blocks, row_blocks, split),
@@ -334,7 +332,7 @@ def launch_shrink(
             BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r, BLOCK_V=block_v,
         ),
         tile,
-        bytes_read=sum(i.nbytes for i in (x, a, core, bits, t) if i is not None) + parts_bytes,
-        bytes_written=sum(out.nbytes for out in outputs) + parts_bytes,
+        reads=(x, a, core, bits, t, parts),
+        writes=(s, v, drawn, dcore_parts, parts),
         flops=2 * M * K * R,
     ).run()  # fmt: skip

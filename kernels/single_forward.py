@@ -247,7 +247,6 @@ def single_forward(
         kernel, grid = _single_forward_kernel, tiles
         args |= {"x_ptr": x, "stride_xm": x.stride(0), "stride_xk": x.stride(1)}
         args |= {"w_ptr": w, "stride_wn": w.stride(0), "stride_wk": w.stride(1), "y_ptr": y}
-    read = sum(t.nbytes for t in (x, w, a, b, core, bias, args["bits_ptr"]) if t is not None)
-    written = sum(t.nbytes for t in (y, args["s_ptr"], drawn) if t is not None)
-    Launch(kernel, (grid,), args, tile, read, written, 2 * M * K * (N + R) + 2 * M * N * R).run()
+    reads, writes = (x, w, a, b, core, bias, args["bits_ptr"]), (y, args["s_ptr"], drawn)
+    Launch(kernel, (grid,), args, tile, reads, writes, 2 * M * K * (N + R) + 2 * M * N * R).run()
     return y, s, mask

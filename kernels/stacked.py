@@ -97,8 +97,8 @@ def _launch(kernel, a: Tensor, b: Tensor, a_out: Tensor, b_out: Tensor, of_a: St
             COUNT_A=of_a.blocks, COUNT_B=of_b.blocks, BLOCK=tile.block_m,
         ),
         tile,
-        bytes_read=a.nbytes + b.nbytes,
-        bytes_written=a_out.nbytes + b_out.nbytes,
+        reads=(a, b),
+        writes=(a_out, b_out),
         flops=of_a.size * of_a.blocks + of_b.size * of_b.blocks,
     ).run()  # fmt: skip
 

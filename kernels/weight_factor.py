@@ -237,7 +237,6 @@ def _launch(
     assert chunk_rows % tile.block_n == 0, f"{chunk_rows} rows are no multiple of the tile's {tile.block_n}"
     chunks = cdiv(N, chunk_rows)
     parts = torch.empty((chunks, R, K), dtype=torch.float32, device=w.device) if chunks > 1 else None
-    parts_bytes = 0 if parts is None else parts.nbytes
     Launch(
         _weight_factor_kernel,
         (strips, chunks, rank_blocks),
@@ -249,7 +248,7 @@ def _launch(
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r,
         ),
         tile,
-        bytes_read=sum(i.nbytes for i in (f, kept, w) if i is not None) + parts_bytes,
-        bytes_written=sum(o.nbytes for o in (h, slope) if o is not None) + parts_bytes,
+        reads=(f, kept, w, parts),
+        writes=(h, slope, parts),
         flops=2 * N * K * R,
     ).run()  # fmt: skip

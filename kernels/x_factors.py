@@ -190,7 +190,6 @@ def _launch(
         chunk_rows = rows_per_chunk(M, strips * rank_blocks, tile.block_m, 2 * sm_count(x))
     chunks = cdiv(M, chunk_rows)
     da_parts = torch.empty((chunks, R, K), dtype=torch.float32, device=x.device) if chunks > 1 else None
-    parts_bytes = 0 if da_parts is None else da_parts.nbytes
     Launch(
         _x_factors_kernel,
         (strips, chunks, rank_blocks),
@@ -203,7 +202,7 @@ def _launch(
             BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r,
         ),
         tile,
-        bytes_read=sum(i.nbytes for i in (x, ds, a, mask) if i is not None) + parts_bytes,
-        bytes_written=sum(o.nbytes for o in (da, dx0) if o is not None) + parts_bytes,
+        reads=(x, ds, a, mask, da_parts),
+        writes=(da, dx0, da_parts),
         flops=2 * M * K * R * (1 if dx0 is None else 2),
     ).run()  # fmt: skip
