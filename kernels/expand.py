@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -49,6 +51,7 @@ def _expand_kernel(
     tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
+@lru_cache(1024)
 def choose_tile(R: int, dtype: torch.dtype) -> Tile:
     """Blocks of y whose stores hide the reads of v and B, which come from L2."""
     block_r = min(max(16, triton.next_power_of_2(R)), 64)

@@ -26,6 +26,14 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # Triton 3.4 has it; a build without keeps the pointer path
     TensorDescriptor = None
+else:
+
+    class _CheckedDescriptor(TensorDescriptor):
+        """A descriptor of an operand that `has_aligned_rows` found fit: Triton would take 3 µs to check it again."""
+
+        def __post_init__(self) -> None:
+            pass
+
 
 __all__ = [
     "Access",
@@ -126,7 +134,7 @@ def descriptor(matrix: Tensor, block_rows: int, block_cols: int) -> Any:
     """Host descriptor of [block_rows, block_cols] blocks; of their transposes for contiguous columns."""
     if matrix.stride(1) != 1:
         return descriptor(matrix.t(), block_cols, block_rows)
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [block_rows, block_cols])
+    return _CheckedDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [block_rows, block_cols])
 
 
 def blocks_of(tile: Tile) -> dict[str, int]:

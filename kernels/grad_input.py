@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -91,6 +92,7 @@ def _grad_input_tma_kernel(
         dx_desc.store([row, col], cast(acc, dx_desc.dtype))
 
 
+@lru_cache(1024)
 def choose_tile(M: int, N: int, K: int, R: int, dtype: torch.dtype, access: Access, sms: int) -> Tile:
     """Block sizes for dx [M, K] on a GPU with `sms` multiprocessors."""
     tile = choose_gemm_tile(M, K, R, dtype, access, sms)

@@ -164,13 +164,11 @@ class Launch:
 
 
 def _device_of(args: dict[str, Any]) -> torch.device:
-    """Where the first tensor is, or what the first descriptor describes."""
+    """Where the tensors are, or those that descriptors describe."""
     for value in args.values():
         if isinstance(value, Tensor):
             return value.device
-        if hasattr(value, "block_shape"):
-            return value.base.device
-    raise TypeError("a launch needs a tensor among its arguments")
+    return next(value.base.device for value in args.values() if hasattr(value, "block_shape"))
 
 
 def _signature_of(value: Any, do_not_specialize: bool) -> str:

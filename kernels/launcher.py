@@ -1,8 +1,8 @@
 """Launches a kernel the way it was launched before, without Triton's dispatch.
 
-`kernel[grid](**args)` asks of every argument, at every launch, what the compiler may assume of it, and looks the answers
-up as one long string: more Python than everything else that a launch takes. Here the arguments themselves make a key at
-least as fine, and it leads to the compiled kernel that dispatch returned for the first launch that had it.
+`kernel[grid](**args)` asks of every argument, at every launch, what the compiler may assume of it, and looks the
+answers up as one long string: more Python than everything else that a launch takes. Here the arguments themselves make
+a key at least as fine, and it leads to the compiled kernel that dispatch returned for the first launch that had it.
 """
 
 from __future__ import annotations
@@ -97,7 +97,10 @@ def launcher_of(kernel: Any) -> Launcher:
 
 def _layout_of(params: Sequence[Any], values: Sequence[Any]) -> _Layout:
     """Where among these arguments to look for what a binary depends on."""
-    exact, unspecialised, tensors, descriptors = [], [], [], []
+    exact: list[int] = []
+    unspecialised: list[int] = []
+    tensors: list[int] = []
+    descriptors: list[int] = []
     for position, (param, value) in enumerate(zip(params, values, strict=True)):
         if param.is_constexpr:
             exact.append(position)
@@ -105,7 +108,7 @@ def _layout_of(params: Sequence[Any], values: Sequence[Any]) -> _Layout:
             tensors.append(position)
         elif hasattr(value, "block_shape"):
             descriptors.append(position)
-        elif isinstance(value, int) and not isinstance(value, bool):
+        elif isinstance(value, int):
             (unspecialised if param.do_not_specialize else exact).append(position)
     pick = itemgetter(*exact) if exact else _nothing
     return _Layout(pick, tuple(unspecialised), tuple(tensors), tuple(descriptors), {})

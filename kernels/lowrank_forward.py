@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ def _lowrank_forward_tma_kernel(
         y_desc.store([row, col], cast(acc, y_desc.dtype))
 
 
+@lru_cache(1024)
 def choose_tile(
     M: int, N: int, K: int, R: int, dtype: torch.dtype, access: Access, sms: int, thin_descriptors: bool = False
 ) -> Tile:
