@@ -38,11 +38,91 @@ def test_the_inner_dimension_decides_between_thin_and_split():
 def test_few_columns_and_ranks_are_worth_a_forward_pass_of_one_launch():
     """While n · max(r, 16) is well below 256 ρ, 67 thousand on an H100: the k and v projections."""
     assert chosen(8192, 1024, 4096) == ("single", "split")
-    assert chosen(8192, 1024, 4096, r=64)[0] == "split"
+    assert chosen(16384, 1024, 4096, r=64)[0] == "split"
     assert chosen(8192, 512, 4096, r=64)[0] == "single" and chosen(8192, 512, 4096, r=65)[0] == "split"
     assert chosen(8192, 1024, 4096, dropout=True)[0] == "split"  # every block of columns would draw the mask again
     for_group = choose("forward", 8192, 1024, 4096, 16, BF16, False, H100, among=GROUP_ROUTES)
     assert for_group in GROUP_ROUTES and "single" not in GROUP_ROUTES
+
+
+# The linears of a Llama-3-8B block as (N, K); and the tokens from which on another pair of routes is chosen, rank 16.
+LINEARS = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)}
+CHANGES = {
+    (80, False, "q, o"): {1: "single thin", 257: "thin thin"},
+    (80, False, "k, v"): {1: "single split", 10573: "thin split"},
+    (80, False, "gate, up"): {1: "single thin", 61: "thin thin"},
+    (80, False, "down"): {1: "single thin", 61: "thin thin"},
+    (80, True, "q, o"): {1: "single thin", 7: "split thin", 208: "thin thin"},
+    (80, True, "k, v"): {1: "single split", 27: "split split", 830: "thin split"},
+    (90, False, "q, o"): {1: "single split", 2575: "split split"},
+    (90, False, "k, v"): {1: "single split"},
+    (90, False, "gate, up"): {1: "single thin", 210: "split thin"},
+    (90, False, "down"): {1: "single split", 647: "thin split"},
+    (90, True, "q, o"): {1: "single split", 20: "split split"},
+    (90, True, "k, v"): {1: "single split", 85: "split split"},
+    (90, True, "gate, up"): {1: "single thin", 6: "split thin"},
+    (90, True, "down"): {1: "single split", 6: "split split", 577: "thin split"},
+    (100, False, "q, o"): {1: "single thin", 1158: "thin thin"},
+    (100, False, "k, v"): {1: "single split"},
+    (100, True, "q, o"): {1: "single thin", 37: "split thin", 720: "thin thin"},
+    (100, True, "down"): {1: "single thin", 11: "split thin", 159: "thin thin"},
+}
+
+
+@pytest.mark.parametrize(("arch", "dropout", "linears"), CHANGES)
+def test_routes_of_a_block_from_one_token_to_many(arch, dropout, linears):
+    """Few tokens take few launches; where routes are as good as one another, one token more changes the choice."""
+    changes, shape = CHANGES[arch, dropout, linears], LINEARS[linears]
+    for first, routes in changes.items():
+        assert " ".join(chosen(first, *shape, dropout=dropout, target=Target(arch, True))) == routes
+    for tokens in {*(2**power for power in range(15)), *(first - 1 for first in changes)} - {0}:
+        expected = changes[max(first for first in changes if first <= tokens)]
+        assert " ".join(chosen(tokens, *shape, dropout=dropout, target=Target(arch, True))) == expected, tokens
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("shape", LINEARS.values())
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_more_tokens_never_take_fewer_launches(arch, shape, dropout):
+    launches = {"single": 1, "split": 2, "thin": 3, "addmm": 4}
+    forward = [chosen(tokens, *shape, dropout=dropout, target=Target(arch, True))[0] for tokens in range(1, 20000, 97)]
+    counts = [launches[route] for route in forward]
+    assert counts == sorted(counts) and (dropout or counts[0] == 1)
+
+
+def test_ranks_that_do_not_fit_take_two_launches():
+    assert chosen(16, 4096, 4096, r=64)[0] == "single"
+    assert chosen(16, 4096, 4096, r=65)[0] == "split"
+
+
+def test_the_chooser_knows_gpus_as_the_roofline_does():
+    from lowrank_fused import routes
+    from lowrank_fused.roofline.gpus import GPUS
+
+    firsts = {gpu.arch: gpu for gpu in reversed(GPUS.values())}
+    for arch, gpu in firsts.items():
+        assert routes._PEAK[arch] == gpu.peak and routes._GEMM_EFFICIENCY[arch] == gpu.efficiency
+        assert routes._BALANCE[arch] == round(gpu.balance)
+
+
+def test_compiled_graphs_choose_by_the_tokens_they_run_on():
+    """One graph for all token counts that are served alike."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=count)
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        m = x.numel() // 4096
+        routes = [choose(d, m, 4096, 4096, 16, BF16, False, H100) for d in ("forward", "backward")]
+        return x * (ROUTES.index(routes[0]) * 10 + ROUTES.index(routes[1]))
+
+    for tokens in (10, 300, 2574, 2575, 9000, 16):
+        expected = [ROUTES.index(route) for route in chosen(tokens, 4096, 4096)]
+        assert scaled(torch.ones(1, tokens, 4096))[0, 0, 0] == expected[0] * 10 + expected[1]
+    assert len(graphs) == 2
 
 
 @pytest.mark.parametrize("target", [A100, H100, B200, Target(89, True), Target(120, True), Target(103, True)])

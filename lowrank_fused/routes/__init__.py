@@ -9,13 +9,15 @@
 | `split`     | thin kernels and Triton GEMMs that carry the low-rank term in the accumulator |
 | `single`    | `split` with a forward pass of one launch, s being made beside y              |
 
-Nothing is tuned at run time. `choose` compares closed forms of the memory traffic of each route, with a prior for the
-one number that decides between `thin` and `split`: e, the speed of Triton's GEMM over the library's.
+Nothing is tuned at run time. `choose` compares closed forms of what each route costs: memory traffic, which grows with
+the tokens, and launches, which do not and decide where tokens are few. Between `thin` and `split` one number decides
+for which there is a prior: e, the speed of Triton's GEMM over the library's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Literal, cast
 
 import torch
@@ -41,13 +43,19 @@ MAX_THIN_RANK = 128
 # Above it s does not fit beside a tile of y.
 _MAX_SINGLE_RANK = 64
 
-# What s beside y is taken to cost a GEMM in rate, beyond its own products: a prior. Every block of columns would also
-# draw the dropout mask again, at more than half the cost of the GEMM, so that with dropout the route is by request.
+# What s beside y is taken to cost a GEMM in rate, beyond its own products, and what it costs to draw the dropout mask
+# again for every block of columns: of 64, as blocks are where tokens are few enough for this to pay. Both are priors.
 _SECOND_ACCUMULATOR = 0.02
+_MASK_FOR_EVERY_BLOCK = 2.4
 
-# (peak bf16 FLOP/s) / (memory byte/s), and e: priors from data sheets and published figures, not measurements.
-_BALANCE = {80: 149, 86: 90, 89: 172, 90: 263, 100: 214, 120: 117}
+# (Peak bf16 FLOP/s) / (memory byte/s), the peak, and e: priors from data sheets and published figures, not measured.
+_BALANCE = {80: 149, 86: 90, 89: 172, 90: 263, 100: 214, 120: 123}
+_PEAK = {80: 260e12, 86: 70e12, 89: 160e12, 90: 790e12, 100: 1500e12, 120: 203e12}
 _GEMM_EFFICIENCY = {80: 0.90, 86: 0.90, 89: 0.90, 90: 0.96, 100: 0.85, 120: 0.85}
+
+# Seconds that a launch costs besides its work: a prior for the gap between one kernel and the next that needs its
+# result, as it is in a CUDA graph. Python takes longer, but while the GPU is busy nobody waits for it.
+_LAUNCH = 2e-6
 
 
 def choose(
@@ -63,27 +71,54 @@ def choose(
 ) -> str:
     """The route of these expected fastest for x [m, k], W [n, k], rank r.
 
-    Costs are extra time over the frozen GEMM, relative to it: one pass over an [m, n] tensor of 16-bit values costs
-    ρ/k, over [m, k] ρ/n, with ρ the balance of the GPU in FLOP per byte. s made again by every 256 columns costs r/256.
+    Costs are extra time over the frozen GEMM, in units of its time for one token. Launches cost the same for any m.
     """
     if not target.has_triton or dtype not in (torch.bfloat16, torch.float16) or r > MAX_THIN_RANK or m == 0:
         return "addmm"
-    rho = _nearest(_BALANCE, target.arch)
-    over_n, over_k = rho / n, rho / k
-    slower_gemm = 1 / _nearest(_GEMM_EFFICIENCY, target.arch) - 1
-    if direction == "forward":
-        cost = {"split": over_n + slower_gemm, "thin": over_k + over_n, "addmm": 2 * over_k + over_n}
-        cost["addmm"] += 2.5 * over_n * dropout
-        if r <= _MAX_SINGLE_RANK and not dropout:
-            cost["single"] = max(r, 16) / 256 + slower_gemm + _SECOND_ACCUMULATOR
-    else:
-        cost = {
-            "split": over_k + over_n + slower_gemm,
-            "thin": over_k + 2 * over_n,
-            "addmm": 2 * over_k + 4 * over_n,
-        }
-        cost["addmm"] += 2.5 * over_n * dropout
-    return min((route for route in cost if route in among), key=lambda route: cost[route])
+    costs = (_forward_costs if direction == "forward" else _backward_costs)(n, k, r, dropout, target.arch)
+    launch = _LAUNCH * _nearest(_PEAK, target.arch) / (2 * n * k)
+
+    # torch.compile traces this, and what it makes of m has no min with a key.
+    chosen, least = "addmm", inf
+    for route, (extra, launches) in costs.items():
+        cost = extra * m + launches * launch
+        if route in among and cost < least:
+            chosen, least = route, cost
+    return chosen
+
+
+def _forward_costs(n: int, k: int, r: int, dropout: bool, arch: int) -> dict[str, tuple[float, int]]:
+    """For each route, extra time relative to the frozen GEMM where arithmetic bounds it, and the number of launches.
+
+    One pass over an [m, n] tensor of 16-bit values costs ρ/k, over [m, k] ρ/n, with ρ the balance of the GPU in FLOP
+    per byte. s made again by every 256 columns costs r/256.
+    """
+    over_n, over_k, slower_gemm = _shares(n, k, arch)
+    costs = {
+        "split": (over_n + slower_gemm, 2),
+        "thin": (over_k + over_n, 3),
+        "addmm": (2 * over_k + (1 + 2.5 * dropout) * over_n, 4 + 40 * dropout),
+    }
+    if r <= _MAX_SINGLE_RANK:
+        beside = max(r, 16) / 256 + _SECOND_ACCUMULATOR + _MASK_FOR_EVERY_BLOCK * dropout
+        costs["single"] = (slower_gemm + beside, 1)
+    return costs
+
+
+def _backward_costs(n: int, k: int, r: int, dropout: bool, arch: int) -> dict[str, tuple[float, int]]:
+    """The same of the backward pass."""
+    over_n, over_k, slower_gemm = _shares(n, k, arch)
+    return {
+        "split": (over_k + over_n + slower_gemm, 3),
+        "thin": (over_k + 2 * over_n, 3),
+        "addmm": (2 * over_k + (4 + 2.5 * dropout) * over_n, 8 + 20 * dropout),
+    }
+
+
+def _shares(n: int, k: int, arch: int) -> tuple[float, float, float]:
+    """What of the frozen GEMM's time a pass over [m, k] takes, one over [m, n], and what Triton's GEMM takes longer."""
+    rho = _nearest(_BALANCE, arch)
+    return rho / n, rho / k, 1 / _nearest(_GEMM_EFFICIENCY, arch) - 1
 
 
 def choose_for_group(
@@ -108,7 +143,8 @@ def choose_for_group(
 
 def _nearest(table: Mapping[int, float], arch: int) -> float:
     """The entry of the newest architecture that is not newer than this one."""
-    return table[max((known for known in table if known <= arch), default=min(table))]
+    older = [known for known in table if known <= arch]
+    return table[max(older, default=min(table))]
 
 
 def unavailable(route: str, device: torch.device, dtype: torch.dtype) -> str | None:
