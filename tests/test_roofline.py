@@ -86,6 +86,40 @@ def test_launches_of_our_routes(p: float) -> None:
 
     assert kinds("split") == [["thin", "product"], ["thin", "thin", "product"]]
     assert kinds("thin") == [["thin", "thin", "library"], ["thin", "thin", "library"]]
+    assert kinds("single") == [["product"], ["thin", "thin", "product"]]
+
+
+def test_one_launch_moves_least_and_works_again_for_every_block() -> None:
+    """Every block of 256 columns makes 16 ranks of s; with dropout it also draws the mask, which takes far longer."""
+    linear, columns = LLAMA[1], 1024
+    (plain,), (masked,) = (recorded_step("single", linear, Setting(dropout=p)).forward for p in (0.0, 0.1))
+    t = Tensors.of(linear, Setting()).sizes
+    assert plain.bytes == sum(t[name] for name in ("x", "W", "A", "B", "y", "s"))
+    assert plain.flops == masked.flops == 2 * 8192 * (4096 * (columns + 16) + columns * 16)
+    assert plain.again == 2 * 8192 * 4096 * 16 * (columns // 256 - 1) + int(0.02 * plain.flops)
+    assert 0.5 * plain.flops < masked.again - plain.again < plain.flops
+    given = recorded_step("single", linear, Setting(8, dropout=0.1))
+    assert given.forward[0].again > masked.again / 8192 * 8 * 2  # narrower blocks, and more of them
+    a = Assumptions(H100, 0.5)
+    assert a.microseconds(plain) == pytest.approx(2e6 * (plain.flops + plain.again) / H100.peak)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("gpu", ["A100", "H100", "B200"])
+def test_what_is_chosen_is_about_the_fastest(gpu: str, p: float) -> None:
+    """The chooser's closed forms against the launches themselves, layer by layer and group by group."""
+    on = GPUS[gpu]
+    for tokens in (64, 512, 2048, 8192):
+        found = predict(
+            LLAMA, list(PROVIDERS), Setting(tokens, 16, p, on.arch), Assumptions(on, on.efficiency, launch_us=2.0)
+        )
+        for scope in {row.scope for row in found if row.scope not in ("block", "model")}:
+            rows = {row.provider: row for row in found if row.scope == scope}
+            names = ("grouped",) if "+" in scope else ("split", "thin", "single")
+            directions = [[getattr(rows[name], f"{d}_us") for name in names] for d in ("forward", "backward")]
+            assert rows["auto"].us <= 1.05 * sum(map(min, directions)), (scope, tokens)
+            launches = rows["auto"].forward_launches
+            assert launches == 1 or "+" in scope or tokens > 64 or p
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])

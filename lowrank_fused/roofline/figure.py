@@ -15,7 +15,7 @@ __all__ = ["draw"]
 
 _COLOURS = {"frozen": "0.75", "limit": "0.25"}
 _OTHERS, _OURS = "#d9a441", "#1a5fb4"
-_MARKERS = "osD^vP*Xhd<>"
+_MARKERS = "osD^vP*Xhd<>pH"
 
 
 def draw(path: Path, predictions: Sequence[Prediction], title: str, assumptions: str) -> None:

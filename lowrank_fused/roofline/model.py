@@ -54,7 +54,7 @@ class Assumptions:
         bandwidth = self.gpu.bandwidth * (self.thin_share if p.kind == "thin" else 1.0)
         slower = 1 + self.beta_cost * p.adds
         moved = p.bytes - (1 - self.scratch_share) * p.scratch
-        return 1e6 * slower * max(p.flops / peak, moved / bandwidth) + self.launch_us
+        return 1e6 * slower * max((p.flops + p.again) / peak, moved / bandwidth) + self.launch_us
 
     def total(self, passes: Iterable[Pass]) -> float:
         """The time of several, in microseconds."""

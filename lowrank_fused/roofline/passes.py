@@ -38,8 +38,9 @@ class Setting:
 class Pass:
     """One kernel launch. Every tensor counts once for reading and once for writing, however often tiles meet it.
 
-    `scratch` are those of the bytes that are partial sums, written and read again by the same launch. `adds` marks a
-    library product that adds to what its output held before (beta = 1).
+    `scratch` are those of the bytes that are partial sums, written and read again by the same launch. `again` is work
+    besides the FLOPs that every block of a result does for itself, as FLOPs that take as long. `adds` marks a library
+    product that adds to what its output held before (beta = 1).
     """
 
     name: str
@@ -49,6 +50,7 @@ class Pass:
     flops: int
     kind: Kind = "library"
     scratch: int = 0
+    again: int = 0
     adds: bool = False
 
     @property

@@ -7,6 +7,10 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple
 
+import torch
+
+from ..routes import GROUP_ROUTES, ROUTES, choose
+from ..target import Target
 from ..tools.model_shapes import LinearShape
 from . import alternatives
 from .groups import Members
@@ -81,6 +85,17 @@ def _grouped(members: Members, setting: Setting) -> Candidates:
     return Candidates([step.forward for step in steps], [step.backward for step in steps])
 
 
+def _auto(members: Members, setting: Setting) -> Candidates:
+    """What is chosen where no route is asked for: for a layer by itself, or for layers that share x as one group."""
+    n, r = sum(member.out_features for member in members), setting.rank * len(members)
+    among = ROUTES if len(members) == 1 else GROUP_ROUTES
+    sizes = (setting.tokens, n, members[0].in_features, r, torch.bfloat16, setting.dropout > 0)
+    target = Target(setting.arch, has_triton=True)
+    forward, backward = (choose(d, *sizes, target, among, len(members)) for d in ("forward", "backward"))
+    steps = {route: recorded_group(route, members, setting) for route in {forward, backward}}
+    return Candidates([steps[forward].forward], [steps[backward].backward])
+
+
 PROVIDERS: dict[str, Callable[[Members, Setting], Candidates]] = {
     "frozen": partial(_written_out, alternatives.frozen),
     "eager": partial(_written_out, alternatives.eager),
@@ -90,13 +105,15 @@ PROVIDERS: dict[str, Callable[[Members, Setting], Candidates]] = {
     "lorafusion": partial(_written_out, alternatives.lorafusion),
     "thin": partial(_recorded, "thin"),
     "split": partial(_recorded, "split"),
+    "single": partial(_recorded, "single"),
     "thin-grouped": partial(_in_groups, "thin"),
     "split-grouped": partial(_in_groups, "split"),
     "grouped": _grouped,
+    "auto": _auto,
     "limit": _limit,
 }
 GROUPED = ("thin-grouped", "split-grouped", "grouped")
-OURS = ("thin", "split", *GROUPED)
+OURS = ("thin", "split", "single", *GROUPED, "auto")
 
 
 def providers(names: Sequence[str] | None) -> list[str]:

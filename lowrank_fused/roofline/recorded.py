@@ -16,20 +16,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowrank_fused.kernels.launch import Launch, record, targeting
+from lowrank_fused.kernels.launch import Launch, cdiv, record, targeting
 
+from ..routes import MASK_COLUMNS, SECOND_ACCUMULATOR, addmm
 from ..routes.fused import SPLIT, THIN
-from ..routes.problem import GroupOptions, Options
+from ..routes.problem import GroupOptions, GroupRoute, Options, Route
+from ..routes.single import SINGLE
 from ..tools.model_shapes import LinearShape
 from .groups import Members
 from .passes import Pass, Setting, Step
 
 __all__ = ["recorded_group", "recorded_step", "recording"]
 
-ROUTES = {"split": SPLIT, "thin": THIN}
+GROUP_ROUTES: dict[str, GroupRoute] = {"split": SPLIT, "thin": THIN, "addmm": addmm}
+ROUTES: dict[str, Route] = {"split": SPLIT, "thin": THIN, "addmm": addmm, "single": SINGLE}
 
 # Kernels that compute x Wᵀ and dy W; all others are thin.
-_PRODUCTS = ("lowrank_forward", "grad_input")
+_PRODUCTS = ("lowrank_forward", "single_forward", "grad_input")
 
 # No launches: allocations, and the kernels' arrival counters, which a GPU keeps from one call to the next.
 _NOTHING = ("empty", "new_empty", "empty_like", "empty_strided", "zeros")
@@ -86,7 +89,20 @@ def _of_launch(launch: Launch) -> Pass:
         launch.flops,
         "product" if is_product else "thin",
         scratch=2 * sum(tensors[name].nbytes for name in parts),
+        again=_done_again(launch),
     )
+
+
+def _done_again(launch: Launch) -> int:
+    """What every block of columns of y makes for itself where s grows beside y: s, padded, and the mask it draws."""
+    if not launch.name.startswith("single_forward"):
+        return 0
+    args = launch.args
+    blocks, columns = cdiv(args["N"], args["BLOCK_N"]), args["BLOCK_R"]
+    if args["seed_ptr"] is not None:
+        columns += MASK_COLUMNS
+    once = args["R"]  # which the launch declares
+    return 2 * args["M"] * args["K"] * (blocks * columns - once) + int(SECOND_ACCUMULATOR * launch.flops)
 
 
 def _meta(*shape: int) -> Tensor:
@@ -99,7 +115,7 @@ def _seed(setting: Setting) -> Tensor | None:
 
 
 def recorded_step(route: str, linear: LinearShape, setting: Setting) -> Step:
-    """One layer by the route `split` or `thin`, all gradients wanted but those of weight and bias."""
+    """One layer by one of `ROUTES`, all gradients wanted but those of weight and bias."""
     (m, r), (k, n) = (setting.tokens, setting.rank), (linear.in_features, linear.out_features)
     x, weight, a, b, bias = _meta(m, k), _meta(n, k), _meta(r, k), _meta(n, r), _meta(n) if linear.bias else None
     o = Options(2.0, "none", setting.dropout, True, True, True, wants_core=False, wants_bias=False)
@@ -115,7 +131,7 @@ def recorded_step(route: str, linear: LinearShape, setting: Setting) -> Step:
 
 
 def recorded_group(route: str, members: Members, setting: Setting) -> Step:
-    """Layers that share x by the route `split` or `thin`, as `lowrank_group` runs them; a single one by itself."""
+    """Layers that share x by one of `GROUP_ROUTES`, as `lowrank_group` runs them; a single one by itself."""
     if len(members) == 1:
         return recorded_step(route, members[0], setting)
     m, r, k = setting.tokens, setting.rank, members[0].in_features
@@ -132,10 +148,10 @@ def recorded_group(route: str, members: Members, setting: Setting) -> Step:
 
     def forward() -> None:
         operands = (x, weights, torch.cat(each), b, biases, _seed(setting), o)
-        saved.append(ROUTES[route].group_forward(*operands)[1])
+        saved.append(GROUP_ROUTES[route].group_forward(*operands)[1])
 
     def backward() -> None:
         dys = [_meta(m, member.out_features) for member in members]
-        ROUTES[route].group_backward(dys, x, weights, torch.cat(each), b, saved[0], o)
+        GROUP_ROUTES[route].group_backward(dys, x, weights, torch.cat(each), b, saved[0], o)
 
     return Step(recording(setting.arch, forward), recording(setting.arch, backward))

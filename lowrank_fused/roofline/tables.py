@@ -30,9 +30,9 @@ def show_predictions(predictions: Sequence[Prediction], assumptions: Assumptions
         else:
             console.print(_table(f"{scope}, {shown[0].count} in the model, {tokens} tokens", shown), markup=False)
     console.print(f"A model, not a measurement: {assumptions}.", highlight=False)
-    if any(p.provider in GROUPED for p in predictions):
+    if any(p.provider in (*GROUPED, "auto") for p in predictions):
         console.print(
-            "Grouped rows run layers that share an input as one lowrank_group, thin and split one by one.",
+            "Grouped rows and auto run layers that share an input as one lowrank_group, all others one by one.",
             highlight=False,
         )
 
@@ -55,7 +55,7 @@ def _table(title: str, rows: Sequence[Prediction]) -> Table:
 
 @dataclass(frozen=True)
 class PassRow:
-    """One launch of one provider for one layer or group. `scratch` of its bytes are partial sums of its own."""
+    """One launch of one provider for one layer or group; `scratch` and `again` as in `Pass`."""
 
     scope: str
     tokens: int
@@ -67,6 +67,7 @@ class PassRow:
     bytes_written: int
     scratch: int
     flops: int
+    again: int
     us: float
 
 
@@ -77,7 +78,7 @@ def pass_rows(
     return [
         PassRow(
             label(members), setting.tokens, name, direction, p.name, p.tensors,
-            p.bytes_read, p.bytes_written, p.scratch, p.flops, assumptions.microseconds(p),
+            p.bytes_read, p.bytes_written, p.scratch, p.flops, p.again, assumptions.microseconds(p),
         )
         for members in parts
         for name in names
@@ -94,16 +95,21 @@ def show_passes(rows: Sequence[PassRow], console: Console) -> None:
         table.add_column("", no_wrap=True)
         table.add_column("launch", no_wrap=True)
         table.add_column("tensors", overflow="fold")
-        for name in ("read MiB", "written", "scratch", "GFLOP", "µs"):
+        for name in ("read MiB", "written", "scratch", "GFLOP", "again", "µs"):
             table.add_column(name, justify="right", no_wrap=True)
         for direction, launches in groupby(group, lambda row: row.direction):
             for place, row in enumerate(launches):
                 moved = (f"{count / 2**20:,.1f}" for count in (row.bytes_read, row.bytes_written, row.scratch))
                 first = "" if place else direction
-                table.add_row(first, row.launch, row.tensors, *moved, f"{row.flops / 1e9:,.1f}", f"{row.us:,.1f}")
+                worked = (f"{count / 1e9:,.1f}" for count in (row.flops, row.again))
+                table.add_row(first, row.launch, row.tensors, *moved, *worked, f"{row.us:,.1f}")
             table.add_section()
         console.print(table, markup=False)
     console.print("scratch: those of the bytes that are partial sums, written and read again by the same launch")
+    if any(row.again for row in rows):
+        console.print(
+            "again: what every block of a result does for itself besides the FLOPs, as FLOPs that take as long"
+        )
 
 
 def write_csv(path: Path, predictions: Sequence[Prediction]) -> None:

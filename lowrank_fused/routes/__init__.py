@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import inf
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,17 @@ from ..target import Target, interpreting, target_of
 from . import addmm, precise, reference
 from .problem import GroupRoute, Route
 
-__all__ = ["GROUP_ROUTES", "MAX_THIN_RANK", "ROUTES", "choose", "choose_for_group", "implementation", "unavailable"]
+__all__ = [
+    "GROUP_ROUTES",
+    "MASK_COLUMNS",
+    "MAX_THIN_RANK",
+    "ROUTES",
+    "SECOND_ACCUMULATOR",
+    "choose",
+    "choose_for_group",
+    "implementation",
+    "unavailable",
+]
 
 ROUTES = ("reference", "addmm", "precise", "thin", "split", "single")
 # Those that serve several linears that share x.
@@ -43,10 +53,12 @@ MAX_THIN_RANK = 128
 # Above it s does not fit beside a tile of y.
 _MAX_SINGLE_RANK = 64
 
-# What s beside y is taken to cost a GEMM in rate, beyond its own products, and what it costs to draw the dropout mask
-# again for every block of columns: of 64, as blocks are where tokens are few enough for this to pay. Both are priors.
-_SECOND_ACCUMULATOR = 0.02
-_MASK_FOR_EVERY_BLOCK = 2.4
+# What s beside y is taken to cost a GEMM in rate, beyond its own products; and how many columns of y take as long as to
+# draw the dropout mask again, which every block of columns does. Both are priors.
+SECOND_ACCUMULATOR = 0.02
+MASK_COLUMNS = 154
+# Columns of a block where a mask may be drawn for each: where tokens are few.
+_NARROW_BLOCK = 64
 
 # (Peak bf16 FLOP/s) / (memory byte/s), the peak, and e: priors from data sheets and published figures, not measured.
 _BALANCE = {80: 149, 86: 90, 89: 172, 90: 263, 100: 214, 120: 123}
@@ -68,57 +80,69 @@ def choose(
     dropout: bool,
     target: Target,
     among: Sequence[str] = ROUTES,
+    layers: int = 1,
 ) -> str:
-    """The route of these expected fastest for x [m, k], W [n, k], rank r.
+    """The route of these expected fastest for x [m, k], W [n, k], rank r; sums over `layers` of them that share x.
 
-    Costs are extra time over the frozen GEMM, in units of its time for one token. Launches cost the same for any m.
+    Costs are times, in units of what one token's part of the frozen GEMM takes where arithmetic bounds it. Reading W
+    takes ρ of them, ρ being the balance of the GPU in FLOP per byte; launches take the same for any m.
     """
     if not target.has_triton or dtype not in (torch.bfloat16, torch.float16) or r > MAX_THIN_RANK or m == 0:
         return "addmm"
-    costs = (_forward_costs if direction == "forward" else _backward_costs)(n, k, r, dropout, target.arch)
+    costs_of = _forward_costs if direction == "forward" else _backward_costs
+    costs = costs_of(n, k, r, dropout, target.arch, layers)
+    rho = _nearest(_BALANCE, target.arch)
     launch = _LAUNCH * _nearest(_PEAK, target.arch) / (2 * n * k)
-
+    traffic = rho + (rho / n + rho / k) * m
     # torch.compile traces this, and what it makes of m has no min with a key.
     chosen, least = "addmm", inf
-    for route, (extra, launches) in costs.items():
-        cost = extra * m + launches * launch
-        if route in among and cost < least:
-            chosen, least = route, cost
+    for route, cost in costs.items():
+        time = torch.sym_max(cost.product * m, traffic) + cost.passes * m + cost.launches * launch
+        if route in among and time < least:
+            chosen, least = route, time
     return chosen
 
 
-def _forward_costs(n: int, k: int, r: int, dropout: bool, arch: int) -> dict[str, tuple[float, int]]:
-    """For each route, extra time relative to the frozen GEMM where arithmetic bounds it, and the number of launches.
+class _Cost(NamedTuple):
+    """What a route costs: time of its product and of other passes, both for a token, and the number of launches."""
 
-    One pass over an [m, n] tensor of 16-bit values costs ρ/k, over [m, k] ρ/n, with ρ the balance of the GPU in FLOP
-    per byte. s made again by every 256 columns costs r/256.
+    product: float
+    passes: float
+    launches: int
+
+
+def _forward_costs(n: int, k: int, r: int, dropout: bool, arch: int, layers: int) -> dict[str, _Cost]:
+    """Forward: a pass over an [m, n] tensor of 16-bit values takes ρ/k, over [m, k] ρ/n.
+
+    s made again by every c columns takes r/c.
     """
-    over_n, over_k, slower_gemm = _shares(n, k, arch)
+    over_n, over_k, triton = _shares(n, k, arch)
     costs = {
-        "split": (over_n + slower_gemm, 2),
-        "thin": (over_k + over_n, 3),
-        "addmm": (2 * over_k + (1 + 2.5 * dropout) * over_n, 4 + 40 * dropout),
+        "split": _Cost(triton, over_n, 1 + layers),
+        "thin": _Cost(1.0, over_k + over_n, 1 + 2 * layers),
+        "addmm": _Cost(1.0, 2 * over_k + (1 + 2.5 * dropout) * over_n, 2 + 2 * layers + 40 * dropout),
     }
     if r <= _MAX_SINGLE_RANK:
-        beside = max(r, 16) / 256 + _SECOND_ACCUMULATOR + _MASK_FOR_EVERY_BLOCK * dropout
-        costs["single"] = (slower_gemm + beside, 1)
+        columns = 256 if arch == 90 and r <= 16 else 128  # in the widest block that holds s beside y
+        beside = max(r, 16) / columns + SECOND_ACCUMULATOR + MASK_COLUMNS / _NARROW_BLOCK * dropout
+        costs["single"] = _Cost(triton * (1 + beside), 0.0, layers)
     return costs
 
 
-def _backward_costs(n: int, k: int, r: int, dropout: bool, arch: int) -> dict[str, tuple[float, int]]:
+def _backward_costs(n: int, k: int, r: int, dropout: bool, arch: int, layers: int) -> dict[str, _Cost]:
     """The same of the backward pass."""
-    over_n, over_k, slower_gemm = _shares(n, k, arch)
+    over_n, over_k, triton = _shares(n, k, arch)
     return {
-        "split": (over_k + over_n + slower_gemm, 3),
-        "thin": (over_k + 2 * over_n, 3),
-        "addmm": (2 * over_k + (4 + 2.5 * dropout) * over_n, 8 + 20 * dropout),
+        "split": _Cost(triton, over_k + over_n, 1 + 2 * layers),
+        "thin": _Cost(1.0, over_k + 2 * over_n, 1 + 2 * layers),
+        "addmm": _Cost(1.0, 2 * over_k + (4 + 2.5 * dropout) * over_n, 4 + 4 * layers + 20 * dropout),
     }
 
 
 def _shares(n: int, k: int, arch: int) -> tuple[float, float, float]:
-    """What of the frozen GEMM's time a pass over [m, k] takes, one over [m, n], and what Triton's GEMM takes longer."""
+    """What a pass over [m, k] takes, and one over [m, n], and Triton's GEMM, relative to the library's."""
     rho = _nearest(_BALANCE, arch)
-    return rho / n, rho / k, 1 / _nearest(_GEMM_EFFICIENCY, arch) - 1
+    return rho / n, rho / k, 1 / _nearest(_GEMM_EFFICIENCY, arch)
 
 
 def choose_for_group(
@@ -138,7 +162,8 @@ def choose_for_group(
             raise UnsupportedError(f"route {route!r} cannot run: {reason}")
         return route, route
     sizes = (m, sum(n for n, _ in shapes), k, sum(r for _, r in shapes), dtype, dropout, target_of(device))
-    return choose("forward", *sizes, among=GROUP_ROUTES), choose("backward", *sizes, among=GROUP_ROUTES)
+    among, layers = GROUP_ROUTES, len(shapes)
+    return choose("forward", *sizes, among, layers), choose("backward", *sizes, among, layers)
 
 
 def _nearest(table: Mapping[int, float], arch: int) -> float:
