@@ -258,9 +258,10 @@ def zeroed_counters(like: Tensor, count: int) -> Tensor:
     """int32 zeros for `count` arrival counters on the device of `like`.
 
     Kernels leave their counters at zero, so one buffer serves all launches of a stream, which follow one another:
-    no launch is spent on clearing them.
+    no launch is spent on clearing them. A captured graph has counters of its own, cleared in each replay: it may be
+    replayed beside what runs on the stream of its capture, and before any graph that was captured earlier.
     """
-    if like.device.type != "cuda":
+    if like.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=like.device)
     key = (like.device.index, torch.cuda.current_stream(like.device).cuda_stream)
     counters = _counters.get(key)

@@ -242,7 +242,8 @@ def _launch(
         (strips, chunks, rank_blocks),
         dict(
             w_ptr=w, f_ptr=f, kept_ptr=kept,
-            parts_ptr=parts, counters_ptr=zeroed_counters(w, strips * rank_blocks), h_ptr=h, slope_ptr=slope,
+            parts_ptr=parts, counters_ptr=None if parts is None else zeroed_counters(w, strips * rank_blocks),
+            h_ptr=h, slope_ptr=slope,
             N=N, K=K, R=R, chunk_blocks=chunk_rows // tile.block_n, chunks=chunks,
             stride_wn=w.stride(0), stride_wk=w.stride(1), ACTIVATION=how,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r,

@@ -195,7 +195,8 @@ def _launch(
         (strips, chunks, rank_blocks),
         dict(
             x_ptr=x, a_ptr=a, mask_ptr=mask, ds_ptr=ds,
-            dx0_ptr=dx0, da_parts_ptr=da_parts, da_ptr=da, counters_ptr=zeroed_counters(x, strips * rank_blocks),
+            dx0_ptr=dx0, da_parts_ptr=da_parts, da_ptr=da,
+            counters_ptr=None if da_parts is None else zeroed_counters(x, strips * rank_blocks),
             M=M, K=K, R=R, chunk_rows=chunk_rows, chunks=chunks, keep_scale=float(multiplier),
             stride_xm=x.stride(0), stride_xk=x.stride(1),
             stride_ar=0 if a is None else a.stride(0), stride_ak=0 if a is None else a.stride(1),

@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 from lowrank_fused.kernels import launch as launching  # noqa: E402
 from lowrank_fused.kernels import launcher as module  # noqa: E402
 from lowrank_fused.kernels.gemm import descriptor  # noqa: E402
-from lowrank_fused.kernels.launch import Launch, Tile, record, targeting  # noqa: E402
+from lowrank_fused.kernels.launch import Launch, Tile, record, targeting, zeroed_counters  # noqa: E402
 from lowrank_fused.kernels.launcher import Launcher, launcher_of  # noqa: E402
 from lowrank_fused.tools import shipped  # noqa: E402
 
@@ -345,6 +345,33 @@ def test_a_launch_runs_on_the_gpu_of_its_tensors(fake, dispatches, monkeypatch):
         assert fake.device == current
     assert [args[3][1] for args in fake.launched] == [1, 1, 1]
     assert entered == [OnGpu.device] * 2 and len(dispatches) == 1
+
+
+def test_a_captured_graph_has_counters_of_its_own(monkeypatch):
+    """Outside of a capture launches of a stream share one buffer; inside nothing is taken from it or left in it."""
+    zeros, state = torch.zeros, SimpleNamespace(capturing=False, stream=7)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **how: zeros(*size, **how))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=state.stream))
+    monkeypatch.setattr(launching, "_counters", {})
+    like = torch.empty(1).as_subclass(OnGpu)
+
+    def counters(count: int = 5) -> Tensor:
+        return zeroed_counters(like, count)
+
+    state.capturing = True
+    first, second = counters(), counters()
+    state.capturing = False
+    own = counters()
+    assert len({t.data_ptr() for t in (first, second, own)}) == 3
+    assert counters(4096) is own and counters(4097) is not own
+    own = counters()
+    state.capturing = True
+    assert counters() is not own and counters(10**5).numel() == 10**5
+    state.capturing = False
+    assert counters() is own
+    state.stream = 8
+    assert counters() is not own
 
 
 def test_a_launch_on_meta_is_recorded_and_not_run(fake):
