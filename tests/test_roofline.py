@@ -243,6 +243,7 @@ README_ROWS = {
     "route `thin`": "thin",
     "route `split`": "split",
     "`split`, q, k, v and gate, up as groups": "split-grouped",
+    "what is chosen where no route is named, same groups": "auto",
     "everything read once and written once": "limit",
 }
 

@@ -16,6 +16,8 @@ __all__ = ["draw"]
 _COLOURS = {"frozen": "0.75", "limit": "0.25"}
 _OTHERS, _OURS = "#d9a441", "#1a5fb4"
 _MARKERS = "osD^vP*Xhd<>pH"
+# Those of Matplotlib, and darker ones for what comes after ten.
+_CURVES = (*(f"C{place}" for place in range(10)), "darkblue", "saddlebrown", "darkgreen", "darkred")
 
 
 def draw(path: Path, predictions: Sequence[Prediction], title: str, assumptions: str) -> None:
@@ -67,9 +69,9 @@ def _curves(axes: Any, predictions: Sequence[Prediction]) -> None:
     by_provider = sorted(predictions, key=lambda p: p.provider)
     curves = {name: sorted(group, key=lambda p: p.tokens) for name, group in groupby(by_provider, lambda p: p.provider)}
     order = [name for name in dict.fromkeys(p.provider for p in predictions) if name != "frozen"]
-    for marker, name in zip(_MARKERS, order, strict=False):
+    for marker, colour, name in zip(_MARKERS, _CURVES, order, strict=False):
         tokens, prices = [p.tokens for p in curves[name]], [100 * (p.over_frozen - 1) for p in curves[name]]
-        style = {"linestyle": "--", "color": _COLOURS["limit"]} if name == "limit" else {}
+        style = {"linestyle": "--", "color": _COLOURS["limit"]} if name == "limit" else {"color": colour}
         axes.plot(tokens, prices, marker=marker, markersize=5, linewidth=1.4, label=name, **style)
     axes.axhline(0, color=_COLOURS["frozen"], linewidth=1)
     counts = sorted({p.tokens for p in predictions})
