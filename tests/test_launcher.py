@@ -39,9 +39,12 @@ class Compiled(CompiledKernel):
 
     def __init__(self, src: Any, target: GPUTarget, options: dict[str, Any]) -> None:
         self.src, self.name, self.hash = src, src.fn.fn.__name__, str(id(self))
-        self.metadata = SimpleNamespace(shared=0, tmem_size=None, num_warps=options["num_warps"])
+        self.metadata = SimpleNamespace(shared=0, tmem_size=None, warp_size=32, num_warps=options["num_warps"])
         self.packed_metadata = tuple(options[name] for name in ("num_warps", "num_stages", "maxnreg", "debug"))
         self.metadata_group, self.kernel, self.module, self.function, self._run = {}, self.name, None, None, None
+
+    def __del__(self) -> None:
+        """Nothing was loaded."""
 
 
 class Driver:
@@ -79,7 +82,7 @@ class Driver:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Driver:
     fake = Driver()
-    monkeypatch.setattr(driver, "_active", fake)
+    monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", fake)
     monkeypatch.setattr("triton.compiler.compile", fake.compile)
     monkeypatch.setattr(module, "_launchers", {})
     for kernel in JITTED:
@@ -111,7 +114,9 @@ def jitted(function: Callable[..., None], *do_not_specialize: str) -> JITFunctio
 
 def as_jitted(kernel: Any) -> JITFunction:
     """The same of a kernel."""
-    unspecialised = kernel.do_not_specialize if isinstance(kernel, JITFunction) else kernel.kwargs["do_not_specialize"]
+    unspecialised = (
+        kernel.do_not_specialize if isinstance(kernel, JITFunction) else kernel.rewriter.kwargs["do_not_specialize"]
+    )
     return jitted(kernel.fn, *(unspecialised or ()))
 
 
