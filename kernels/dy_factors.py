@@ -215,7 +215,7 @@ def _without_db(
     if want_dcore:
         dcore_parts = torch.empty((cdiv(M, tile.block_m), R), dtype=torch.float32, device=dy.device)
     launch_shrink(
-        dy, b.t(), None, ds, scale=scale, core=core, core_kind="none" if core is None else "diag",
+        dy, (b.t(),), None, ds, scale=scale, core=core, core_kind="none" if core is None else "diag",
         t=s if want_dcore else None, dcore_parts=dcore_parts, tile=tile, split=split,
     )  # fmt: skip
     return DyFactors(ds, None, None if dcore_parts is None else dcore_parts.sum(0))

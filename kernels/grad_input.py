@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -11,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import keep_scale
+from .factor_rows import as_rows, row_arguments, row_pointers
 from .gemm import (
     Access,
     access_of,
@@ -24,15 +26,35 @@ from .gemm import (
     rank_multiple,
 )
 from .launch import Launch, Tile, arch_of, cdiv, sm_count
-from .tile import cast, grouped_order
+from .tile import cast, dot, grouped_order
 
 __all__ = ["choose_tile", "grad_input"]
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
+def _add_low_rank(
+    acc, ds_ptr, a_ptr, a2_ptr, a3_ptr, rows, cols, M, K, R, r2, r3,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc + ds[rows, :] · A[:, cols]; A [R, K], contiguous, may come in up to three pieces (see `row_pointers`)."""
+    if a2_ptr is None:
+        acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, R, K, 1, BLOCK_R)
+    else:
+        offs_r = tl.arange(0, BLOCK_R)
+        ds_ptrs = ds_ptr + rows[:, None] * R + offs_r[None, :]
+        mask_m, mask_k = rows[:, None] < M, cols[None, :] < K
+        for r in range(0, R, BLOCK_R):
+            a_ptrs = row_pointers(a_ptr, a2_ptr, a3_ptr, r2, r3, (r + offs_r)[:, None], K) + cols[None, :]
+            ds = tl.load(ds_ptrs + r, mask=mask_m & (offs_r[None, :] < R - r), other=0.0)
+            a = tl.load(a_ptrs, mask=mask_k & (offs_r[:, None] < R - r), other=0.0)
+            acc = dot(ds, cast(a, ds.dtype), acc)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "r2", "r3"])
 def _grad_input_kernel(
-    dy_ptr, w_ptr, ds_ptr, a_ptr, mask_ptr, dx_ptr,
-    M, N, K, R,
+    dy_ptr, w_ptr, ds_ptr, a_ptr, a2_ptr, a3_ptr, mask_ptr, dx_ptr,
+    M, N, K, R, r2, r3,
     keep_scale,
     stride_dym, stride_dyn,
     stride_wn, stride_wk,
@@ -50,13 +72,13 @@ def _grad_input_kernel(
     cols = pid_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     if mask_ptr is not None:
-        acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, R, K, 1, BLOCK_R)
+        acc = _add_low_rank(acc, ds_ptr, a_ptr, a2_ptr, a3_ptr, rows, cols, M, K, R, r2, r3, BLOCK_R)
         acc = drop(acc, mask_ptr, rows, pid_k, M, K, keep_scale, BLOCK_M, BLOCK_K)
     acc = pointer_product(
         acc, dy_ptr, w_ptr, rows, cols, M, K, N, stride_dym, stride_dyn, stride_wn, stride_wk, BLOCK_N
     )
     if ds_ptr is not None and mask_ptr is None:
-        acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, R, K, 1, BLOCK_R)
+        acc = _add_low_rank(acc, ds_ptr, a_ptr, a2_ptr, a3_ptr, rows, cols, M, K, R, r2, r3, BLOCK_R)
     dx_ptrs = dx_ptr + rows[:, None] * K + cols[None, :]
     mask_dx = (rows[:, None] < M) & (cols[None, :] < K)
     if ADDS:
@@ -64,10 +86,10 @@ def _grad_input_kernel(
     tl.store(dx_ptrs, cast(acc, dx_ptr.dtype.element_ty), mask=mask_dx)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "r2", "r3"])
 def _grad_input_tma_kernel(
-    dy_desc, w_desc, ds_ptr, a_ptr, mask_ptr, dx_desc,
-    M, N, K, R,
+    dy_desc, w_desc, ds_ptr, a_ptr, a2_ptr, a3_ptr, mask_ptr, dx_desc,
+    M, N, K, R, r2, r3,
     keep_scale,
     ADDS: tl.constexpr, W_ALONG_N: tl.constexpr, RANK_MULTIPLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -82,11 +104,11 @@ def _grad_input_tma_kernel(
         cols = col.to(tl.int64) + tl.arange(0, BLOCK_K)
         acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         if mask_ptr is not None:
-            acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, R, K, 1, BLOCK_R)
+            acc = _add_low_rank(acc, ds_ptr, a_ptr, a2_ptr, a3_ptr, rows, cols, M, K, R, r2, r3, BLOCK_R)
             acc = drop(acc, mask_ptr, rows, pid_k, M, K, keep_scale, BLOCK_M, BLOCK_K)
         acc = descriptor_product(acc, dy_desc, w_desc, row, col, N, W_ALONG_N, BLOCK_N)
         if ds_ptr is not None and mask_ptr is None:
-            acc = low_rank_product(acc, ds_ptr, a_ptr, rows, cols, M, K, R, R, K, 1, BLOCK_R)
+            acc = _add_low_rank(acc, ds_ptr, a_ptr, a2_ptr, a3_ptr, rows, cols, M, K, R, r2, r3, BLOCK_R)
         if ADDS:
             acc += dx_desc.load([row, col]).to(tl.float32)
         dx_desc.store([row, col], cast(acc, dx_desc.dtype))
@@ -103,7 +125,7 @@ def grad_input(
     dy: Tensor,
     w: Tensor,
     ds: Tensor | None = None,
-    a: Tensor | None = None,
+    a: Tensor | Sequence[Tensor] | None = None,
     *,
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -115,9 +137,10 @@ def grad_input(
     With `add` [M, K], contiguous and in dy's dtype, dx is added to it in place and it comes back: projections of one
     x chain their gradients through one tensor, each addition rounded once.
     dy [M, N] and w [N, K] share a dtype and may have any strides: a `Conv1D` weight [K, N] is passed as its
-    transpose. ds [M, R] has dy's dtype, a [R, K] may be fp32 beside it; without them dx = dy W. mask uint8
-    [M, ⌈K / 8⌉] holds the bits of the forward's dropout, bit j of byte i for column 8i + j; without it every
-    element is kept and dropout_p must be 0. Reads dy, w, ds, a, mask and add once, writes dx once; 2MK(N + R) FLOP.
+    transpose. ds [M, R] has dy's dtype, a [R, K] may be fp32 beside it; several a's, [Rᵢ, K] of one dtype, are read
+    as the rows of one; without them dx = dy W. mask uint8 [M, ⌈K / 8⌉] holds the bits of the forward's dropout, bit j
+    of byte i for column 8i + j; without it every element is kept and dropout_p must be 0. Reads dy, w, ds, a, mask and
+    add once, writes dx once; 2MK(N + R) FLOP.
     """
     (M, N), K, R = dy.shape, w.shape[1], 0 if ds is None else ds.shape[1]
     if add is not None:
@@ -131,11 +154,13 @@ def grad_input(
         if ds is None or add is not None:
             # Left to decide, the assembler spills a few bytes of these in order to fit one more small program.
             tile = replace(tile, max_registers=255)
+    factors: tuple[Tensor, ...] = ()
     if ds is not None and a is not None:
-        ds, a = ds.contiguous(), a.contiguous()
+        ds, factors = ds.contiguous(), as_rows(a)
+        factors = tuple(factor.contiguous() for factor in factors)
     else:
         mask = None
-    args = {"ds_ptr": ds, "a_ptr": a, "mask_ptr": mask, "keep_scale": keep_scale(dropout_p)}
+    args = {"ds_ptr": ds, **row_arguments(factors), "mask_ptr": mask, "keep_scale": keep_scale(dropout_p)}
     args |= {"M": M, "N": N, "K": K, "R": R, "RANK_MULTIPLE": rank_multiple(R, R), **blocks_of(tile)}
     args["ADDS"] = add is not None
     tiles = cdiv(M, tile.block_m) * cdiv(K, tile.block_k)
@@ -149,5 +174,5 @@ def grad_input(
         kernel, grid = _grad_input_kernel, tiles
         args |= {"dy_ptr": dy, "stride_dym": dy.stride(0), "stride_dyn": dy.stride(1)}
         args |= {"w_ptr": w, "stride_wn": w.stride(0), "stride_wk": w.stride(1), "dx_ptr": dx}
-    Launch(kernel, (grid,), args, tile, (dy, w, ds, a, mask, add), (dx,), 2 * M * K * (N + R)).run()
+    Launch(kernel, (grid,), args, tile, (dy, w, ds, *factors, mask, add), (dx,), 2 * M * K * (N + R)).run()
     return dx

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -11,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import draw_bits, keep_scale, lane_threshold, spread_bits
+from .factor_rows import as_rows, row_arguments, row_pointers
 from .launch import Launch, Tile, arch_of, cdiv, shared_bytes, sm_count, zeroed_counters
 from .tile import cast, dot, is_last_to_arrive
 
@@ -60,11 +62,11 @@ def _finish(
         _store_core(s, core_ptr, v_ptr, offs_m, offs_r, mask_m, R, RV, scale, stride_vm, CORE, BLOCK_M, BLOCK_V)
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "split"])
+@triton.jit(do_not_specialize=["M", "threshold", "split", "r2", "r3"])
 def _shrink_kernel(
-    x_ptr, a_ptr, core_ptr, seed_ptr, bits_ptr, t_ptr,
+    x_ptr, a_ptr, a2_ptr, a3_ptr, core_ptr, seed_ptr, bits_ptr, t_ptr,
     parts_ptr, counters_ptr, s_ptr, v_ptr, mask_ptr, dcore_parts_ptr,
-    M, K, R, RV, chunk_k, split,
+    M, K, R, RV, r2, r3, chunk_k, split,
     scale, keep_scale, threshold,
     stride_xm, stride_xk,
     stride_ar, stride_ak,
@@ -73,6 +75,8 @@ def _shrink_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """s = keep ∘ x Aᵀ / (1 − p), v = scale · core(s); one program owns BLOCK_M rows and BLOCK_R ranks.
+
+    A may come in up to three pieces, see `row_pointers`.
 
     With parts [split, M, R], `split` programs share these, each with chunk_k columns of x. They store their parts of s;
     the last one to arrive sums them in the order of the columns and goes on as one program does on its own.
@@ -89,10 +93,14 @@ def _shrink_kernel(
         last_k = tl.minimum(first_k + chunk_k, K)
         x_ptr += first_k.to(tl.int64) * stride_xk
         a_ptr += first_k.to(tl.int64) * stride_ak
+        if a2_ptr is not None:
+            a2_ptr += first_k.to(tl.int64) * stride_ak
+        if a3_ptr is not None:
+            a3_ptr += first_k.to(tl.int64) * stride_ak
     offs_k = tl.arange(0, BLOCK_K)
     mask_m, mask_r = offs_m < M, offs_r < R
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
-    a_ptrs = a_ptr + offs_r[None, :] * stride_ar + offs_k[:, None] * stride_ak
+    a_ptrs = row_pointers(a_ptr, a2_ptr, a3_ptr, r2, r3, offs_r[None, :], stride_ar) + offs_k[:, None] * stride_ak
     row_bytes = tl.cdiv(K, 8)
     stored_bytes = tl.where(pid_r == 0, row_bytes, 0)  # programs of other ranks draw the same mask
     offs_byte = tl.arange(0, BLOCK_K // 8)
@@ -241,7 +249,7 @@ def _tile_of(block_m: int, K: int, block_r: int, dtype: torch.dtype, arch: int, 
 
 def shrink(
     x: Tensor,
-    a: Tensor,
+    a: Tensor | Sequence[Tensor],
     *,
     scale: float = 1.0,
     core: Tensor | None = None,
@@ -255,16 +263,18 @@ def shrink(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(s, v, mask): s = drop(x) Aᵀ [M, R], v = scale · core(s) [M, Rv] and the packed mask uint8 [M, ⌈K / 8⌉].
 
-    x [M, K] and a [R, K] may have any strides, a may be fp32 beside 16-bit x. `core` is d [R], C [Rv, R] or g [M, E]
+    x [M, K] and a [R, K] may have any strides, a may be fp32 beside 16-bit x. Several a's, [Rᵢ, K] of one dtype, are
+    read as the rows of one. `core` is d [R], C [Rv, R] or g [M, E]
     as `core_kind` says (diag, dense, gate). `seed` is an int64 [1] on x's device; given the packed `bits` of a mask,
     nothing is drawn and these come back. s and v have x's dtype, each rounded once; s is empty without `keep_s`, mask
     without dropout. Reads x and a once, 2MKR FLOP. `split` programs share the columns of x where a tile is given.
     Sums have an order that the shapes fix.
     """
-    (M, K), R = x.shape, a.shape[0]
+    factors = as_rows(a)
+    (M, K), R = x.shape, sum(factor.shape[0] for factor in factors)
     if tile is None:
-        short = bool(dropout_p) and K % 16 != 0 and x.element_size() == 2
-        tile, split = choose_tile(M, K, R, x.dtype, arch_of(x), sm_count(x), factor_bytes=a.element_size(), short=short)
+        short, width = bool(dropout_p) and K % 16 != 0 and x.element_size() == 2, factors[0].element_size()
+        tile, split = choose_tile(M, K, R, x.dtype, arch_of(x), sm_count(x), factor_bytes=width, short=short)
     RV = R
     if core is not None:
         RV = {"diag": R, "dense": core.shape[0], "gate": R * core.shape[-1]}[core_kind]
@@ -277,7 +287,7 @@ def shrink(
         mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if bits is None else bits
     if M:
         launch_shrink(
-            x, a, s if keep_s or not fused else None, v, scale=scale, core=core, core_kind=core_kind,
+            x, factors, s if keep_s or not fused else None, v, scale=scale, core=core, core_kind=core_kind,
             dropout_p=dropout_p, seed=seed, bits=bits, mask=mask, tile=tile, split=split,
         )  # fmt: skip
     if v is None:
@@ -288,7 +298,7 @@ def shrink(
 
 def launch_shrink(
     x: Tensor,
-    a: Tensor,
+    a: Sequence[Tensor],
     s: Tensor | None,
     v: Tensor | None,
     *,
@@ -306,9 +316,10 @@ def launch_shrink(
 ) -> None:
     """One launch that fills those of s, v, mask and (given t [M, R]) dcore_parts [row blocks, R] that are there.
 
-    v and t may be some columns of wider matrices. At most `split` programs share the columns of a block of x.
+    a as `as_rows` returns it. v and t may be some columns of wider matrices. At most `split` programs share the
+    columns of a block of x.
     """
-    (M, K), R = x.shape, a.shape[0]
+    (M, K), R = x.shape, sum(factor.shape[0] for factor in a)
     row_blocks, rank_blocks = cdiv(M, tile.block_m), cdiv(R, tile.block_r)
     chunk_k = tile.block_k * cdiv(cdiv(K, tile.block_k), split)
     split = cdiv(K, chunk_k)
@@ -320,19 +331,19 @@ def launch_shrink(
         _shrink_kernel,
         (rank_blocks, row_blocks, split),
         dict(
-            x_ptr=x, a_ptr=a, core_ptr=None if core is None else core.contiguous(),
+            x_ptr=x, **row_arguments(a), core_ptr=None if core is None else core.contiguous(),
             seed_ptr=seed if drawn is not None else None, bits_ptr=bits, t_ptr=t,
             parts_ptr=parts, counters_ptr=None if parts is None else zeroed_counters(x, row_blocks * rank_blocks),
             s_ptr=s, v_ptr=v, mask_ptr=drawn, dcore_parts_ptr=dcore_parts,
             M=M, K=K, R=R, RV=RV, chunk_k=chunk_k, split=split,
             scale=float(scale), keep_scale=keep_scale(dropout_p), threshold=lane_threshold(dropout_p),
-            stride_xm=x.stride(0), stride_xk=x.stride(1), stride_ar=a.stride(0), stride_ak=a.stride(1),
+            stride_xm=x.stride(0), stride_xk=x.stride(1), stride_ar=a[0].stride(0), stride_ak=a[0].stride(1),
             stride_vm=0 if v is None else v.stride(0), stride_tm=0 if t is None else t.stride(0),
             CORE=core_kind,
             BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r, BLOCK_V=block_v,
         ),
         tile,
-        reads=(x, a, core, bits, t, parts),
+        reads=(x, *a, core, bits, t, parts),
         writes=(s, v, drawn, dcore_parts, parts),
         flops=2 * M * K * R,
     ).run()  # fmt: skip

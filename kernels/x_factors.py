@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from .dropout import keep_scale, spread_bits
 from .dy_factors import rows_per_chunk
 from .expand import expand
+from .factor_rows import as_rows, row_arguments, row_pointers
 from .launch import Launch, Tile, arch_of, cdiv, sm_count, zeroed_counters
 from .shrink import block_of_rank
 from .tile import cast, dot, is_last_to_arrive, sum_of_parts
@@ -32,15 +34,16 @@ def _sum_parts(parts_ptr, da_ptr, first_r, offs_k, chunks, R, K, BLOCK_R: tl.con
 
 @triton.jit
 def _accumulate(
-    x_ptr, a_ptr, mask_ptr, ds_ptr, dx0_ptr,
-    offs_k, offs_r, first_row, last_row, K, R, keep_scale, stride_xm, stride_xk, stride_ar, stride_ak,
+    x_ptr, a_ptr, a2_ptr, a3_ptr, mask_ptr, ds_ptr, dx0_ptr,
+    offs_k, offs_r, first_row, last_row, K, R, r2, r3, keep_scale, stride_xm, stride_xk, stride_ar, stride_ak,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """dsᵀ (keep ∘ x) / (1 − p) over some rows, fp32 [BLOCK_R, BLOCK_K]; stores dx0 of these rows if given A."""
     IO: tl.constexpr = x_ptr.dtype.element_ty
     mask_k, mask_r = offs_k < K, offs_r < R
     if a_ptr is not None:
-        a_ptrs = a_ptr + offs_r[:, None] * stride_ar + offs_k[None, :] * stride_ak
+        rows = row_pointers(a_ptr, a2_ptr, a3_ptr, r2, r3, offs_r[:, None], stride_ar)
+        a_ptrs = rows + offs_k[None, :] * stride_ak
         a = cast(tl.load(a_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0), IO)
     if mask_ptr is not None:
         row_bytes = tl.cdiv(K, 8)
@@ -69,11 +72,11 @@ def _accumulate(
     return acc * keep_scale
 
 
-@triton.jit(do_not_specialize=["M", "chunk_rows", "chunks"])
+@triton.jit(do_not_specialize=["M", "chunk_rows", "chunks", "r2", "r3"])
 def _x_factors_kernel(
-    x_ptr, a_ptr, mask_ptr, ds_ptr,
+    x_ptr, a_ptr, a2_ptr, a3_ptr, mask_ptr, ds_ptr,
     dx0_ptr, da_parts_ptr, da_ptr, counters_ptr,
-    M, K, R, chunk_rows, chunks,
+    M, K, R, r2, r3, chunk_rows, chunks,
     keep_scale,
     stride_xm, stride_xk,
     stride_ar, stride_ak,
@@ -82,7 +85,7 @@ def _x_factors_kernel(
     """da [R, K] = dsᵀ (keep ∘ x) · keep_scale and dx0 [M, K] = keep ∘ (ds A) · keep_scale.
 
     A program owns a strip of columns, a block of ranks and a chunk of rows. It stores its part of da; the last one to
-    arrive at a strip sums the parts in the order of the chunks.
+    arrive at a strip sums the parts in the order of the chunks. A may come in up to three pieces, see `row_pointers`.
     """
     strip, chunk, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_k = strip.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -90,7 +93,7 @@ def _x_factors_kernel(
     first_row = chunk.to(tl.int64) * chunk_rows
     last_row = tl.minimum(first_row + chunk_rows, M)
     acc = _accumulate(
-        x_ptr, a_ptr, mask_ptr, ds_ptr, dx0_ptr, offs_k, offs_r, first_row, last_row, K, R,
+        x_ptr, a_ptr, a2_ptr, a3_ptr, mask_ptr, ds_ptr, dx0_ptr, offs_k, offs_r, first_row, last_row, K, R, r2, r3,
         keep_scale, stride_xm, stride_xk, stride_ar, stride_ak, BLOCK_M, BLOCK_K, BLOCK_R,
     )  # fmt: skip
     offs = offs_r.to(tl.int64)[:, None] * K + offs_k[None, :]
@@ -126,7 +129,7 @@ def choose_tile(K: int, R: int, dtype: torch.dtype, wants_dx0: bool, masked: boo
 def x_factors(
     x: Tensor,
     ds: Tensor,
-    a: Tensor,
+    a: Tensor | Sequence[Tensor],
     *,
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -136,19 +139,21 @@ def x_factors(
 ) -> tuple[Tensor, Tensor | None]:
     """dA = dsᵀ (keep ∘ x) / (1 − p) [R, K] from one pass over x [M, K], and dx0 = keep ∘ (ds A) / (1 − p) if wanted.
 
-    ds [M, R] has x's dtype. a [R, K]: dA takes its dtype, dx0 its values. mask: packed bits [M, ⌈K / 8⌉].
+    ds [M, R] has x's dtype. a [R, K]: dA takes its dtype, dx0 its values; several a's, [Rᵢ, K] of one dtype, are read
+    as the rows of one. mask: packed bits [M, ⌈K / 8⌉].
     Reads x once, 2MKR FLOP, twice that with dx0. Deterministic: every sum has an order that the shapes fix.
     """
-    R = a.shape[0]
+    factors = as_rows(a)
+    R = ds.shape[1]
     if tile is None:
         tile = choose_tile(x.shape[1], R, x.dtype, want_dx0, mask is not None, arch_of(x))
     # Rank blocks cannot share a sum over the rank: beyond one, dx0 is a launch of its own.
     fused = want_dx0 and tile.block_r >= R
-    da = torch.empty(a.shape, dtype=a.dtype, device=x.device)
+    da = torch.empty((R, x.shape[1]), dtype=factors[0].dtype, device=x.device)
     dx0 = torch.empty(x.shape, dtype=x.dtype, device=x.device) if fused else None
-    _launch(x, ds, da, a if fused else None, dx0, mask, keep_scale(dropout_p), tile, chunk_rows)
+    _launch(x, ds, da, factors if fused else (), dx0, mask, keep_scale(dropout_p), tile, chunk_rows)
     if want_dx0 and not fused:
-        dx0 = expand(ds, a.t(), mask=mask, dropout_p=dropout_p)
+        dx0 = expand(ds, [factor.t() for factor in factors], mask=mask, dropout_p=dropout_p)
     return da, dx0
 
 
@@ -168,7 +173,7 @@ def factor_grad(
     if tile is None:
         tile = choose_tile(z.shape[1], t.shape[1], z.dtype, False, False, arch_of(z))
     grad = torch.empty((t.shape[1], z.shape[1]), dtype=dtype or z.dtype, device=z.device)
-    _launch(z, t.contiguous(), grad, None, None, None, scale, tile, chunk_rows)
+    _launch(z, t.contiguous(), grad, (), None, None, scale, tile, chunk_rows)
     return grad
 
 
@@ -176,14 +181,14 @@ def _launch(
     x: Tensor,
     ds: Tensor,
     da: Tensor,
-    a: Tensor | None,
+    a: Sequence[Tensor],
     dx0: Tensor | None,
     mask: Tensor | None,
     multiplier: float,
     tile: Tile,
     chunk_rows: int | None,
 ) -> None:
-    """One launch that fills da, and dx0 if it is there."""
+    """One launch that fills da and, given the factors for it, dx0."""
     (M, K), R = x.shape, da.shape[0]
     strips, rank_blocks = cdiv(K, tile.block_k), cdiv(R, tile.block_r)
     if chunk_rows is None:
@@ -194,16 +199,16 @@ def _launch(
         _x_factors_kernel,
         (strips, chunks, rank_blocks),
         dict(
-            x_ptr=x, a_ptr=a, mask_ptr=mask, ds_ptr=ds,
+            x_ptr=x, **row_arguments(a), mask_ptr=mask, ds_ptr=ds,
             dx0_ptr=dx0, da_parts_ptr=da_parts, da_ptr=da,
             counters_ptr=None if da_parts is None else zeroed_counters(x, strips * rank_blocks),
             M=M, K=K, R=R, chunk_rows=chunk_rows, chunks=chunks, keep_scale=float(multiplier),
             stride_xm=x.stride(0), stride_xk=x.stride(1),
-            stride_ar=0 if a is None else a.stride(0), stride_ak=0 if a is None else a.stride(1),
+            stride_ar=a[0].stride(0) if a else 0, stride_ak=a[0].stride(1) if a else 0,
             BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r,
         ),
         tile,
-        reads=(x, ds, a, mask, da_parts),
+        reads=(x, ds, *a, mask, da_parts),
         writes=(da, dx0, da_parts),
         flops=2 * M * K * R * (1 if dx0 is None else 2),
     ).run()  # fmt: skip

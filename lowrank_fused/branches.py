@@ -50,7 +50,7 @@ class LowRankGroupFunction(torch.autograd.Function):
         rows = rows_of(x)
         weights, a, b, biases = _fourths(tensors)
         run = group_implementation(routes[0], rows).group_forward
-        operands = (rows, weights, torch.cat(tuple(a)), b, biases, drop, options)
+        operands = (rows, weights, a, b, biases, drop, options)
         ys, saved = guarded(run, *operands, where=x.device, route=routes[0], label=label)
         ctx.save_for_backward(x if any(options.wants_a) else None, *saved, *weights, *a, *b)
         ctx.options, ctx.route, ctx.label = options, routes[1], label
@@ -70,7 +70,7 @@ class LowRankGroupFunction(torch.autograd.Function):
         dys = _all_rows(given, dy, weights)
         run = group_implementation(ctx.route, dys[0]).group_backward
         grads: GroupGrads = guarded(
-            run, dys, None if x is None else rows_of(x), weights, torch.cat(tuple(a)), b, Saved(s, mask), ctx.options,
+            run, dys, None if x is None else rows_of(x), weights, a, b, Saved(s, mask), ctx.options,
             where=dy.device, route=ctx.route, label=ctx.label,
         )  # fmt: skip
         dx = None if grads.x is None else grads.x.view(*dy.shape[:-1], grads.x.shape[1])

@@ -135,11 +135,9 @@ def recorded_group(route: str, members: Members, setting: Setting) -> Step:
     if len(members) == 1:
         return recorded_step(route, members[0], setting)
     m, r, k = setting.tokens, setting.rank, members[0].in_features
-    x, each = _meta(m, k), [_meta(r, k) for _ in members]
-    weights, b = (
-        [_meta(member.out_features, k) for member in members],
-        [_meta(member.out_features, r) for member in members],
-    )
+    x, a = _meta(m, k), [_meta(r, k) for _ in members]
+    weights = [_meta(member.out_features, k) for member in members]
+    b = [_meta(member.out_features, r) for member in members]
     biases = [_meta(member.out_features) if member.bias else None for member in members]
     every, none = (True,) * len(members), (False,) * len(members)
     ranks = tuple(slice(r * i, r * (i + 1)) for i in range(len(members)))
@@ -147,11 +145,11 @@ def recorded_group(route: str, members: Members, setting: Setting) -> Step:
     saved: list[Any] = []
 
     def forward() -> None:
-        operands = (x, weights, torch.cat(each), b, biases, _seed(setting), o)
+        operands = (x, weights, a, b, biases, _seed(setting), o)
         saved.append(GROUP_ROUTES[route].group_forward(*operands)[1])
 
     def backward() -> None:
         dys = [_meta(m, member.out_features) for member in members]
-        GROUP_ROUTES[route].group_backward(dys, x, weights, torch.cat(each), b, saved[0], o)
+        GROUP_ROUTES[route].group_backward(dys, x, weights, a, b, saved[0], o)
 
     return Step(recording(setting.arch, forward), recording(setting.arch, backward))

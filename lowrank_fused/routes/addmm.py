@@ -93,7 +93,7 @@ def backward(
 def group_forward(
     x: Tensor,
     weights: Sequence[Tensor],
-    a: Tensor,
+    a: Sequence[Tensor],
     b: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     drop: Tensor | None,
@@ -101,7 +101,7 @@ def group_forward(
 ) -> tuple[list[Tensor], Saved]:
     """Every y, from one product of drop(x) with all A's."""
     keep = None if drop is None else keep_of(drop, x.shape[0], x.shape[1], o.dropout_p)
-    s = _scaled_mm(x if keep is None else zero_dropped(x, keep), a.to(x.dtype).t(), o.keep_scale)
+    s = _scaled_mm(x if keep is None else zero_dropped(x, keep), _joined(a, x.dtype).t(), o.keep_scale)
     ys = []
     for weight, b_i, bias, ranks in zip(weights, b, biases, o.ranks, strict=True):
         y = torch.nn.functional.linear(x, weight, bias)
@@ -114,14 +114,14 @@ def group_backward(
     dys: Sequence[Tensor],
     x: Tensor | None,
     weights: Sequence[Tensor],
-    a: Tensor,
+    a: Sequence[Tensor],
     b: Sequence[Tensor],
     saved: Saved,
     o: GroupOptions,
 ) -> GroupGrads:
     """One product of all ds with drop(x) for every dA; dx chained through one tensor."""
     s, mask = saved
-    grads = GroupGrads(None, None, [None] * len(dys), [None] * len(dys))
+    grads = GroupGrads(b=[None] * len(dys), bias=[None] * len(dys))
     for i, (dy, ranks) in enumerate(zip(dys, o.ranks, strict=True)):
         if o.wants_b[i] and s is not None:
             grads.b[i] = _scaled_mm(s[:, ranks].t(), dy, o.scale).t()
@@ -129,7 +129,7 @@ def group_backward(
             grads.bias[i] = dy.sum(0)
     if not (o.wants_x or any(o.wants_a)):
         return grads
-    keep = None if mask is None else unpack(mask, a.shape[1])
+    keep = None if mask is None else unpack(mask, a[0].shape[1])
     ds = torch.cat([_scaled_mm(dy, b_i.to(dy.dtype), o.scale) for dy, b_i in zip(dys, b, strict=True)], 1)
     dropped = x
     if any(o.wants_a) and x is not None:
@@ -137,10 +137,15 @@ def group_backward(
         grads.a = _scaled_mm(ds.t(), dropped, o.keep_scale)
     if o.wants_x:
         scratch = None if dropped is x else dropped
-        grads.x = _input_grad(dys[0], weights[0], a.to(ds.dtype), ds, keep, o.keep_scale, scratch)
+        grads.x = _input_grad(dys[0], weights[0], _joined(a, ds.dtype), ds, keep, o.keep_scale, scratch)
         for dy, weight in zip(dys[1:], weights[1:], strict=True):
             grads.x.addmm_(dy, weight)
     return grads
+
+
+def _joined(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """[A; A2; …] for one product with all of them."""
+    return torch.cat(tuple(a)).to(dtype)
 
 
 def forms_weight(m: int, inner: int, r: int, dtype: torch.dtype, o: Options) -> bool:

@@ -95,7 +95,7 @@ class KernelRoute:
         self,
         x: Tensor,
         weights: Sequence[Tensor],
-        a: Tensor,
+        a: Sequence[Tensor],
         b: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         drop: Tensor | None,
@@ -116,7 +116,7 @@ class KernelRoute:
         dys: Sequence[Tensor],
         x: Tensor | None,
         weights: Sequence[Tensor],
-        a: Tensor,
+        a: Sequence[Tensor],
         b: Sequence[Tensor],
         saved: Saved,
         o: GroupOptions,
@@ -126,13 +126,12 @@ class KernelRoute:
         The library adds the products with the weights. Only the last of them, of the smallest weight, runs in Triton
         where that carries the low-rank term.
         """
-        grads = GroupGrads(
-            None, None, [None] * len(dys), [dy.sum(0) if w else None for dy, w in zip(dys, o.wants_bias, strict=True)]
-        )
+        of_bias = [dy.sum(0) if wanted else None for dy, wanted in zip(dys, o.wants_bias, strict=True)]
+        grads = GroupGrads(b=[None] * len(dys), bias=of_bias)
         wants_a = any(o.wants_a)
         if not (o.wants_x or wants_a or any(o.wants_b)):
             return grads
-        ds = torch.empty(dys[0].shape[0], a.shape[0], dtype=dys[0].dtype, device=a.device)
+        ds = dys[0].new_empty(dys[0].shape[0], o.ranks[-1].stop)
         for i, ranks in enumerate(o.ranks):
             grads.b[i] = _dy_side_of(dys[i], b[i], saved.s, ranks, ds, o.scale, o.wants_b[i])
         dx = None
@@ -143,7 +142,7 @@ class KernelRoute:
             return grads
         pairs = sorted(zip(dys, weights, strict=True), key=lambda pair: -pair[1].numel())
         if not self.carries:
-            dx = expand(ds, a.t(), mask=saved.mask, dropout_p=o.dropout_p) if dx is None else dx
+            dx = expand(ds, [a_i.t() for a_i in a], mask=saved.mask, dropout_p=o.dropout_p) if dx is None else dx
             for dy, weight in pairs:
                 dx.addmm_(dy, weight)
             grads.x = dx

@@ -91,12 +91,12 @@ class Grads:
 
 @dataclass
 class GroupGrads:
-    """Gradients of linears that share x: one for x, one for the A's in one [ΣR, K], one each for the others."""
+    """Gradients of linears that share x: one each for b and bias, one for x, one [ΣR, K] for the A's; see `Grads`."""
 
-    x: Tensor | None
-    a: Tensor | None
     b: list[Tensor | None]
     bias: list[Tensor | None]
+    x: Tensor | None = None
+    a: Tensor | None = None
 
 
 class Route(Protocol):
@@ -145,13 +145,13 @@ class Route(Protocol):
 
 
 class GroupRoute(Protocol):
-    """Forward and backward of several linears on one x [M, K]; `a` is [ΣR, K], everything else one for each."""
+    """Forward and backward of several linears on one x [M, K], with one of everything else for each."""
 
     def group_forward(
         self,
         x: Tensor,
         weights: Sequence[Tensor],
-        a: Tensor,
+        a: Sequence[Tensor],
         b: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         drop: Tensor | None,
@@ -164,7 +164,7 @@ class GroupRoute(Protocol):
         dys: Sequence[Tensor],
         x: Tensor | None,
         weights: Sequence[Tensor],
-        a: Tensor,
+        a: Sequence[Tensor],
         b: Sequence[Tensor],
         saved: Saved,
         o: GroupOptions,

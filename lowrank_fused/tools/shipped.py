@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lowrank_fused.kernels.dy_factors import dy_factors, one_pass_max_rank
+from lowrank_fused.kernels.expand import expand
 from lowrank_fused.kernels.gather import Permutation, gather, scatter_add, segment_sum
 from lowrank_fused.kernels.grad_input import grad_input
 from lowrank_fused.kernels.launch import Launch, arch_of, record, targeting
@@ -18,6 +19,7 @@ from lowrank_fused.kernels.shrink import shrink
 from lowrank_fused.kernels.single_forward import single_forward
 from lowrank_fused.kernels.stacked import Stack, repeat_blocks, sum_blocks
 from lowrank_fused.kernels.weight_factor import ACTIVATIONS, weight_factor, weight_factor_grad
+from lowrank_fused.kernels.x_factors import x_factors
 
 from ..routes.fused import SPLIT, THIN
 from ..routes.problem import Options, Route
@@ -107,21 +109,29 @@ def _cases() -> Iterator[CallCase]:
 
 @dataclass(frozen=True)
 class _GroupCase:
-    """Three projections of one x: thin operands are columns of wider matrices, and dx is one tensor for all."""
+    """Projections of one x: factors A in pieces, thin operands that are columns of wider matrices, one dx for all."""
 
     m: int = 8192
     k: int = 4096
     r: int = 16
     p: float = 0.0
+    members: int = 3
     dtype: torch.dtype = torch.bfloat16
+    adapter: torch.dtype = torch.bfloat16
     conv1d: bool = False
 
     def launch(self) -> None:
         """What differs from a projection on its own, on the meta device."""
         make = partial(torch.empty, dtype=self.dtype, device="meta")
-        v, ds = make(self.m, 3 * self.r), make(self.m, 3 * self.r)
+        adapter = partial(torch.empty, dtype=self.adapter, device="meta")
+        v, ds = make(self.m, self.members * self.r), make(self.m, self.members * self.r)
         mask = torch.empty(self.m, -(-self.k // 8), dtype=torch.uint8, device="meta") if self.p else None
-        x, b = make(self.m, self.k), make(self.k, self.r)
+        seed = torch.empty(1, dtype=torch.int64, device="meta")
+        x, b = make(self.m, self.k), adapter(self.k, self.r)
+        a = [adapter(self.r, self.k) for _ in range(self.members)]
+        shrink(x, a, dropout_p=self.p, seed=seed)
+        x_factors(x, ds, a, mask=mask, dropout_p=self.p, want_dx0=True)
+        expand(ds, [factor.t() for factor in a], mask=mask, dropout_p=self.p)
         weight = make(self.k, self.k).t() if self.conv1d else make(self.k, self.k)
         for first in (0, self.r):
             own = slice(first, first + self.r)
@@ -129,21 +139,31 @@ class _GroupCase:
             dy_factors(y, b, v[:, own], want_db=self.r <= one_pass_max_rank(self.dtype, arch_of(y)), out=ds[:, own])
         dx = grad_input(y, weight)
         grad_input(y, weight, add=dx)
-        grad_input(y, weight, ds, make(3 * self.r, self.k), mask=mask, dropout_p=self.p, add=dx)
+        grad_input(y, weight, ds, a, mask=mask, dropout_p=self.p, add=dx)
 
 
 def _group_cases() -> Iterator[_GroupCase]:
-    """Every tile of dx, added to, with and without a mask; ranks that are aligned, in half and not at all."""
+    """Every tile of dx, added to, with and without a mask; ranks that are aligned, in half and not at all; every block
+    of ranks of the passes over x.
+    """
     for m, k in _SHAPES:
         yield _GroupCase(m, k)
         yield _GroupCase(m, k, p=0.1)
         yield _GroupCase(m, k + 4, p=0.1)
+        yield _GroupCase(m, k, p=0.1, r=64, members=2)
+        yield _GroupCase(m, k + 4, p=0.1, r=42)
     for r in (4, 8, 11, 64):
         yield _GroupCase(r=r, p=0.1)
+    for r in (8, 32):
+        yield _GroupCase(r=r, p=0.1, members=2)
+        yield _GroupCase(r=r, members=2, adapter=torch.float32)
+        yield _GroupCase(r=r, p=0.1, adapter=torch.float32)
+    for m in (8, 250, 1000):
+        yield _GroupCase(m, p=0.1, r=32)
     yield _GroupCase(p=0.1, conv1d=True)
-    yield _GroupCase(p=0.1, dtype=torch.float16)
+    yield _GroupCase(p=0.1, dtype=torch.float16, adapter=torch.float16)
     for m in (8, 8192):
-        yield _GroupCase(m, p=0.1, dtype=torch.float32)
+        yield _GroupCase(m, p=0.1, dtype=torch.float32, adapter=torch.float32)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ __all__ = ["binary_of", "covering", "dtype_of", "flags_of", "is_masked", "withou
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _MASKS = ("seed_ptr", "bits_ptr", "mask_ptr")
+# Further pieces of a factor, which only groups have, and where they begin.
+_PIECES = ("a2", "a3", "b2", "b3")
+_STARTS = ("r2", "r3")
 
 
 def binary_of(launch: Launch) -> tuple[Hashable, ...]:
@@ -34,7 +37,11 @@ def flags_of(launch: Launch) -> list[str]:
     for param in launch.kernel.params:
         value = launch.args[param.name]
         name = param.name.removesuffix("_ptr")
-        if value is None:
+        if name in _STARTS:
+            continue
+        if name in _PIECES:
+            flags += [] if value is None else [f"with {name}"]
+        elif value is None:
             flags.append(f"no {name}")
         elif isinstance(value, Tensor) and _DTYPES.get(value.dtype, main) != main:
             flags.append(f"{name} {_DTYPES[value.dtype]}")
@@ -52,8 +59,8 @@ def flags_of(launch: Launch) -> list[str]:
 def covering(launches: Sequence[Launch]) -> list[Launch]:
     """Few of these launches in which each of the following occurs that occurs in any, in the given order.
 
-    For every kernel: each tile, also with a dropout mask and with each layout of the weight; each dtype; each flag of
-    `flags_of`.
+    For every kernel: each tile, also with a dropout mask, with each layout of the weight and with factors in pieces;
+    each dtype; each flag of `flags_of`.
     Each step takes the launch with most of what is still missing.
     """
     kinds = [_kinds_of(launch) for launch in launches]
@@ -69,7 +76,7 @@ def covering(launches: Sequence[Launch]) -> list[Launch]:
 def _kinds_of(launch: Launch) -> set[tuple[Any, ...]]:
     flags = flags_of(launch)
     kinds: set[tuple[Any, ...]] = {(launch.name, flag) for flag in flags}
-    kinds |= {(launch.name, launch.tile, flag) for flag in flags if flag.startswith("w_along")}
+    kinds |= {(launch.name, launch.tile, flag) for flag in flags if flag.startswith(("w_along", "with "))}
     kinds |= {(launch.name, dtype_of(launch)), (launch.name, launch.tile)}
     return kinds | {(launch.name, launch.tile, "masked")} if is_masked(launch) else kinds
 

@@ -1,0 +1,46 @@
+"""Up to three factors that a kernel reads as the rows of one, [A; A2; A3]: no copy joins them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["as_rows", "row_arguments", "row_pointers"]
+
+_MOST = 3
+
+
+@triton.jit
+def row_pointers(a_ptr, a2_ptr, a3_ptr, r2, r3, offs_r, stride_ar):
+    """Where rows offs_r of [A; A2; A3] begin, in the shape of offs_r; A2 begins at row r2, A3 at row r3."""
+    rows = a_ptr + offs_r * stride_ar
+    if a2_ptr is not None:
+        rows = tl.where(offs_r < r2, rows, a2_ptr + (offs_r - r2) * stride_ar)
+    if a3_ptr is not None:
+        rows = tl.where(offs_r < r3, rows, a3_ptr + (offs_r - r3) * stride_ar)
+    return rows
+
+
+def as_rows(a: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The factors [Rᵢ, K], of one dtype, as kernels can read them: joined by a copy if there are too many, or if their
+    elements lie in different steps.
+    """
+    factors = (a,) if isinstance(a, Tensor) else tuple(a)
+    if len(factors) <= _MOST and len({factor.stride() for factor in factors}) == 1:
+        return factors
+    return (torch.cat(factors),)
+
+
+def row_arguments(factors: Sequence[Tensor], name: str = "a") -> dict[str, Any]:
+    """What a kernel with parameters <name>_ptr, <name>2_ptr, <name>3_ptr, r2, r3 is told; None where there is none."""
+    found: dict[str, Any] = {f"{name}_ptr": None, f"{name}2_ptr": None, f"{name}3_ptr": None, "r2": None, "r3": None}
+    starts = accumulate((factor.shape[0] for factor in factors), initial=0)
+    for i, (factor, start) in enumerate(zip(factors, starts, strict=False), 1):
+        found |= {f"{name}_ptr": factor} if i == 1 else {f"{name}{i}_ptr": factor, f"r{i}": start}
+    return found
