@@ -20,6 +20,7 @@ from torch import Tensor
 from .operands import check_dtypes, check_factors, guarded, mask_source, rows_of
 from .routes import MAX_THIN_RANK, choose_for_group, group_implementation
 from .routes.problem import GroupGrads, GroupOptions, Saved
+from .routes.rows import readable
 
 __all__ = ["Branch", "lowrank_group", "why_not_one_pass"]
 
@@ -47,7 +48,7 @@ class LowRankGroupFunction(torch.autograd.Function):
         label: str | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        rows = rows_of(x)
+        rows = readable(rows_of(x))
         weights, a, b, biases = _fourths(tensors)
         run = group_implementation(routes[0], rows).group_forward
         operands = (rows, weights, a, b, biases, drop, options)
@@ -84,7 +85,7 @@ def _all_rows(given: Sequence[Tensor | None], like: Tensor, weights: Sequence[Te
     """Every dy [M, N]; zeros for a linear that the loss does not depend on, which is rare enough to pay for it."""
     m = like.numel() // like.shape[-1]
     pairs = zip(given, weights, strict=True)
-    return [like.new_zeros(m, w.shape[0]) if dy is None else rows_of(dy) for dy, w in pairs]
+    return [like.new_zeros(m, w.shape[0]) if dy is None else readable(rows_of(dy)) for dy, w in pairs]
 
 
 def _fourths(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:

@@ -19,19 +19,14 @@ from torch import Tensor
 from .library import define, is_watched
 from .routes import implementation
 from .routes.problem import Grads, Options, Saved
+from .routes.rows import readable
 
 __all__ = ["add_", "add_op", "backward", "backward_op", "forward", "forward_op"]
 
 
-def _readable(rows: Tensor) -> Tensor:
-    """Rows without gaps for the CPU's 16-bit products, which read what lies in the gaps: NaN there came out in y."""
-    gaps = rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and not rows.is_contiguous()
-    return rows.contiguous() if gaps else rows
-
-
 def _forward(x, weight, a, b, core, bias, drop, *, scale, core_kind, dropout_p, wants, route):
     o = Options(scale, core_kind, dropout_p, *wants)
-    x = _readable(x)
+    x = readable(x)
     y, saved = implementation(route, x).forward(x, weight, a, b, core, bias, drop, o)
     return y, *_kept(saved, drop, x, o)
 
@@ -43,7 +38,7 @@ def _forward_fake(x, weight, a, b, core, bias, drop, *, scale, core_kind, dropou
 
 def _add(y, x, a, b, core, drop, *, scale, core_kind, dropout_p, wants, route):
     o = Options(scale, core_kind, dropout_p, *wants)
-    x = _readable(x)
+    x = readable(x)
     return _kept(implementation(route, x).add_forward(y, x, a, b, core, drop, o), drop, x, o)
 
 
@@ -85,7 +80,7 @@ def _gradients(
     route: str,
 ) -> Grads:
     """Those of the factors in the dtypes of their leaves."""
-    dy = _readable(dy)
+    dy = readable(dy)
     grads = implementation(route, dy).backward(dy, x, weight, a, b, core, saved, o)
     grads.a, grads.b, grads.core = _like(grads.a, a), _like(grads.b, b), _like(grads.core, core)
     return grads
@@ -148,7 +143,7 @@ def forward(
     if is_watched(x, weight, a, b, core, bias, drop):
         y, s, mask = forward_op(x, weight, a, b, core, bias, drop, **_as_arguments(o), route=route)
         return y, _needed(s, mask, drop, o)
-    x = _readable(x)
+    x = readable(x)
     y, saved = implementation(route, x).forward(x, weight, a, b, core, bias, drop, o)
     return y, _needed(saved.s, saved.mask, drop, o)
 
@@ -167,7 +162,7 @@ def add_(
     if is_watched(y, x, a, b, core, drop):
         s, mask = add_op(y, x, a, b, core, drop, **_as_arguments(o), route=route)
         return _needed(s, mask, drop, o)
-    x = _readable(x)
+    x = readable(x)
     saved = implementation(route, x).add_forward(y, x, a, b, core, drop, o)
     return _needed(saved.s, saved.mask, drop, o)
 

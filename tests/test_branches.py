@@ -136,6 +136,44 @@ def test_a_result_that_the_loss_ignores_gets_no_gradient(route):
         torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, rtol=1e-4, atol=1e-4)
 
 
+def apart(t: torch.Tensor) -> torch.Tensor:
+    """The same rows with NaN between them."""
+    held = torch.full((t.shape[0], t.shape[1] + 3), float("nan"), dtype=t.dtype)
+    return held[:, : t.shape[1]].copy_(t)
+
+
+def test_what_lies_between_rows_stays_out_of_bf16_products():
+    """oneDNN reads it: the plain product shows that these sizes are such."""
+    m, k, n = 40, 31, 16
+    torch.manual_seed(0)
+    x, dy = apart(torch.randn(m, k).bfloat16()), apart(torch.randn(m, k).bfloat16())
+    weight = torch.randn(n, k).bfloat16()
+    if torch.nn.functional.linear(x, weight).isfinite().all():
+        pytest.skip("this library does not read between the rows")
+    square = torch.randn(k, k).bfloat16()
+    factors = [torch.randn(*shape).bfloat16().requires_grad_() for shape in ((4, k), (n, 4), (4, k), (k, 4))]
+    of_n, of_k = Branch(weight, factors[0], factors[1]), Branch(square, factors[2], factors[3])
+    x.requires_grad_()
+    grads = [torch.ones(m, n).bfloat16(), dy]
+    for ys in (
+        lowrank_group(x, [of_n, of_k]),
+        [lf.lowrank_linear(x, b.weight, b.a, b.b) for b in (of_n, of_k)],
+    ):
+        found = [*ys, *torch.autograd.grad(ys, [x, *factors], grads)]
+        assert all(t.isfinite().all() for t in found)
+
+
+def test_a_factor_with_nan_spoils_no_other_projection():
+    """s of all projections lies side by side, and oneDNN reads what is beside its operand."""
+    m, k, n, r = 40, 24, 16, 31
+    torch.manual_seed(0)
+    x = torch.randn(m, k).bfloat16()
+    group = [Branch(*(torch.randn(*shape).bfloat16() for shape in ((n, k), (r, k), (n, r)))) for _ in range(2)]
+    group[1].a.fill_(float("nan"))
+    ours, spoiled = lowrank_group(x, group)
+    assert ours.isfinite().all() and not spoiled.isfinite().any()
+
+
 def test_one_mask_is_kept_and_x_by_reference():
     x, _ = inputs(torch.float32, 18)
     kept = []

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..dropout import keep_of, pack, unpack, zero_dropped
 from .cores import core_forward, core_grad, core_input_grad
 from .problem import Grads, GroupGrads, GroupOptions, Options, Saved
+from .rows import readable
 
 __all__ = ["add_forward", "backward", "forms_weight", "forward", "group_backward", "group_forward"]
 
@@ -105,7 +106,7 @@ def group_forward(
     ys = []
     for weight, b_i, bias, ranks in zip(weights, b, biases, o.ranks, strict=True):
         y = torch.nn.functional.linear(x, weight, bias)
-        ys.append(y.addmm_(s[:, ranks], b_i.to(x.dtype).t(), alpha=o.scale))
+        ys.append(y.addmm_(readable(s[:, ranks]), b_i.to(x.dtype).t(), alpha=o.scale))
     mask = pack(keep) if keep is not None and o.keeps_mask else None
     return ys, Saved(s if any(o.wants_b) else None, mask)
 
