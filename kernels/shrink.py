@@ -198,8 +198,12 @@ def choose_tile(
 
     def split_of(tile: Tile) -> int:
         # Parts of 128 ranks fill the registers: those of few rows do if they are read one by one, or by few warps.
-        tallest = 16 if R % 16 else 32 if tile.num_warps == 4 else 64
-        return choose_split(M, K, R, tile, sms) if block_r < 128 or tile.block_m <= tallest else 1
+        tallest = 64
+        if block_r == 128:
+            tallest = 16 if R % 16 else 32 if tile.num_warps == 4 else 64
+        elif block_r == 64 and R % 16 and arch >= 120:
+            tallest = 32
+        return choose_split(M, K, R, tile, sms) if tile.block_m <= tallest else 1
 
     def cost(choice: tuple[Tile, int]) -> tuple[int, int]:
         tile, split = choice

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .branches import Branch, lowrank_group, why_not_one_pass
 from .factors.generated import Steps
 
-__all__ = ["GROUP", "Call", "Group", "GroupReport", "group", "group_of", "ungroup"]
+__all__ = ["GROUP", "NAMES", "Call", "Group", "GroupReport", "group", "group_of", "ungroup"]
 
 # The attribute of a layer that holds its group; no state_dict sees it.
 GROUP = "_lowrank_group"
@@ -128,7 +128,28 @@ class Group:
         if self._together is None:
             self._watch(position, x)
             return None
-        return self._compute(position, x) if position in self._together else None
+        if position not in self._together or not self._still_together():
+            return None
+        return self._compute(position, x)
+
+    def _present(self) -> set[int]:
+        """Members that are in this group still; a layer may be ungrouped, regrouped, restored or gone."""
+        members = (ref() for ref in self.members)
+        return {i for i, member in enumerate(members) if member is not None and group_of(member) is self}
+
+    def _still_together(self) -> bool:
+        """Whether two or more are left of those that share x; the others are counted out, and one alone is let go."""
+        assert self._together is not None
+        present = self._present()
+        if not present.issuperset(self._together):
+            self._together = tuple(i for i in self._together if i in present)
+        if len(self._together) > 1:
+            return True
+        self._together = ()
+        if len(present) < 2:
+            for i in present:
+                self.members[i]().__dict__.pop(GROUP, None)
+        return False
 
     def _settle(self) -> None:
         """Let what was found out apply, if no graph can be around that was made without it."""
@@ -142,7 +163,7 @@ class Group:
         if position in self._seen:
             self._seen.clear()
         self._seen[position] = weakref.ref(x)
-        if len(self._seen) == len(self.members):
+        if self._present().issubset(self._seen):
             inputs = {i: ref() for i, ref in self._seen.items()}
             sets = [tuple(i for i in inputs if inputs[i] is x) for x in inputs.values() if x is not None]
             largest = max(sets, key=len, default=())
@@ -160,7 +181,7 @@ class Group:
         assert self._together is not None
         calls: dict[int, Call] = {}
         for i in self._together:
-            found = _call_of(self.members[i](), x)
+            found = self.members[i]().as_branch(x)  # type: ignore[union-attr, operator]
             if isinstance(found, str):
                 self.calls[found] += 1
                 return None
@@ -184,10 +205,6 @@ class Group:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
-
-
-def _call_of(member: Any, x: Tensor) -> Call | str:
-    return "a layer is gone" if member is None else member.as_branch(x)
 
 
 def _why_apart(calls: list[Call], x: Tensor) -> str | None:
@@ -254,6 +271,8 @@ def group(model: nn.Module) -> GroupReport:
             children = {name: parent._modules.get(name) for name in names}
             members = {name: m for name, m in children.items() if m is not None and hasattr(m, "as_branch")}
             if len(members) < 2 or len({m.in_features for m in members.values()}) != 1:
+                for member in members.values():
+                    member.__dict__.pop(GROUP, None)
                 continue
             known = {group_of(m) for m in members.values()}
             if len(known) == 1 and (one := known.pop()) is not None and one.names == tuple(members):

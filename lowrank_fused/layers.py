@@ -184,7 +184,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> y [..., out]; the plain linear layer when merged or disabled."""
-        group = self.__dict__.get(GROUP)
+        # A graph shows every layer by itself: it must neither hold nor depend on what a group remembers.
+        group = None if torch.compiler.is_compiling() else self.__dict__.get(GROUP)
         if group is not None and (y := group.output(self, x)) is not None:
             return y
         if self.merged or not (self.enabled or self.residual):

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -64,6 +65,15 @@ def adapted(mode: str | None = None, dropout: float = 0.0, **settings) -> nn.Seq
     for parameter in trained(model):
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model.train()
+
+
+def accelerated_attention() -> nn.Module:
+    """An accelerated PEFT model of one attention block in float64."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(Attention().double(), config)
+    lf.accelerate(model)
+    return model
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -289,6 +299,92 @@ def test_every_method_gives_what_it_gave(method):
     settle(grouped)
     for ours, theirs in zip(steps(grouped, 2), steps(single, 2), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_layers_that_leave_a_group_are_counted_out_and_one_alone_is_let_go():
+    model = adapted()[0].attention
+    lf.group(model)
+    settle(model)
+    old = group_of(model.q_proj)
+    expected = lf.ungroup(copy.deepcopy(model))(data())
+    lf.ungroup(model.k_proj)
+    torch.testing.assert_close(model(data()), expected)
+    assert old.together == ("q_proj", "v_proj") and old.shared == 1
+    lf.ungroup(model.v_proj)
+    torch.testing.assert_close(model(data()), expected)
+    assert group_of(model.q_proj) is None and old.shared == 1
+
+
+def test_a_layer_that_was_replaced_is_in_no_group_of_the_model():
+    model = adapted()[0].attention
+    lf.group(model)
+    settle(model)
+    removed, model.k_proj = model.k_proj, nn.Linear(WIDTH, 6).double()
+    expected = lf.ungroup(copy.deepcopy(model))(data())
+    assert states(model) == {"not called yet"}
+    assert group_of(model.q_proj).names == ("q_proj", "v_proj")
+    settle(model)
+    torch.testing.assert_close(model(data()), expected)
+    assert states(model) == {"share x: q_proj, v_proj"}
+    removed(data())
+    assert group_of(removed) is None
+    model.v_proj = nn.Linear(WIDTH, 6).double()
+    assert lf.group(model).groups == 0 and group_of(model.q_proj) is None
+
+
+def test_half_watched_groups_go_on_with_who_is_left():
+    model = adapted()[0].attention
+    lf.group(model)
+    lf.ungroup(model.k_proj)
+    settle(model)
+    assert group_of(model.q_proj).together == ("q_proj", "v_proj")
+
+
+def test_restored_and_deleted_adapters_leave_their_group():
+    model = accelerated_attention()
+    attention = model.base_model.model
+    settle(model)
+    one, expected = group_of(attention.q_proj), model(data())
+    assert one.together == ("q_proj", "k_proj", "v_proj")
+    lf.restore(attention.k_proj)
+    torch.testing.assert_close(model(data()), expected)
+    assert one.together == ("q_proj", "v_proj")
+    shared = one.shared
+    attention.v_proj.delete_adapter("default")
+    without = attention.v_proj.base_layer(data())
+    torch.testing.assert_close(attention.v_proj(data()), without)
+    torch.testing.assert_close(model(data()), torch.cat([expected[..., :-6], without.tanh()], -1))
+    assert one.shared == shared and one.calls["no active adapter in this layer"] > 0
+    lf.restore(model)
+    assert not any(GROUP in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("make", [adapted, accelerated_attention], ids=["native", "PEFT"])
+def test_a_compiled_graph_never_meets_a_group(make):
+    """Whatever a group knows or holds: no break, no second graph, and nothing of the group's changes."""
+    torch.compiler.reset()
+    model = make()
+    expected = model(data())
+    expected_grad = torch.autograd.grad(expected.sum(), trained(model))
+    lf.group(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    attention = next(module for module in model.modules() if isinstance(module, Attention))
+    one = group_of(attention.q_proj)
+    for state in ("unwatched", "known", "holding results"):
+        if state == "known":
+            torch.optim.SGD(trained(model), lr=0.0).step()
+            settle(model)
+        elif state == "holding results":
+            attention.q_proj(data())
+        before = (one.state(), one.shared, one.wasted, one._waiting)
+        y = compiled(data())
+        torch.testing.assert_close(y, expected)
+        for ours, theirs in zip(torch.autograd.grad(y.sum(), trained(model)), expected_grad, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        assert before == (one.state(), one.shared, one.wasted, one._waiting) and counter.frame_count == 1
+    assert one._waiting is not None and one.shared > 0
+    torch.compiler.reset()
 
 
 def test_copies_and_pickles_are_in_no_group_and_names_stay():

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..grouping import NAMES
 from ..tools.model_shapes import LinearShape
 
 __all__ = ["Members", "groups", "label"]
 
 Members = tuple[LinearShape, ...]
 
-# Names under which transformers has projections of one input.
-SHARING_X = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
-
 
 def groups(linears: Sequence[LinearShape]) -> list[Members]:
     """These layers, those that share their input together; the order is that of first members."""
     found: dict[object, list[LinearShape]] = {}
     for linear in linears:
-        names = next((names for names in SHARING_X if linear.name in names), None)
+        names = next((names for names in NAMES if linear.name in names), None)
         key = linear if names is None else (names, linear.in_features, linear.count)
         found.setdefault(key, []).append(linear)
     return [tuple(members) for members in found.values()]

@@ -87,6 +87,7 @@ def _cases() -> Iterator[CallCase]:
     yield CallCase(p=0.1, dtype=torch.float16, routes=(SPLIT,))
     yield CallCase(r=64)
     yield CallCase(r=32, p=0.1)
+    yield CallCase(r=64, p=0.1)
     yield CallCase(r=128, p=0.1)
     for r in (1, 8, 17):
         yield CallCase(r=r, p=0.1, routes=(SPLIT, THIN) if r == 17 else (SPLIT,))
@@ -263,6 +264,7 @@ def _few_tokens_cases() -> Iterator[_FewTokensCase]:
     yield _FewTokensCase(p=0.1, dtype=torch.float16, adapter=torch.float16)
     for r in (8, 17, 200):
         yield _FewTokensCase(r=r, p=0.1, core="diag")
+    yield _FewTokensCase(8192, r=33, p=0.1)
 
 
 @dataclass(frozen=True)
