@@ -145,7 +145,9 @@ def lowrank_group(
     shapes = [(weight.shape[0], branch.a.shape[0]) for weight, branch in zip(weights, branches, strict=True)]
     k = x.shape[-1]
     routes = choose_for_group(route, x.numel() // k if k else 0, k, shapes, x.dtype, dropout_p > 0, x.device)
-    biases = [None if branch.bias is None else branch.bias.to(x.dtype) for branch in branches]
+    biases = [branch.bias for branch in branches]
+    if routes[0] != "precise":
+        biases = [None if bias is None else bias.to(x.dtype) for bias in biases]
     options = _options(scale, dropout_p, x, branches, biases)
     operands = (*weights, *(b.a for b in branches), *(b.b for b in branches), *biases)
     return LowRankGroupFunction.apply(x, drop, options, routes, label, *operands)

@@ -200,7 +200,7 @@ def test_bad_input_is_told():
     x, _ = inputs(torch.float32, 4)
     group = branches(torch.float32)
     with pytest.raises(ValueError, match="serves single linears"):
-        lowrank_group(x, group, route="precise")
+        lowrank_group(x, group, route="reference")
     with pytest.raises(ValueError, match="must end in in_features"):
         lowrank_group(x[:, :7], group)
     with pytest.raises(TypeError, match="share one dtype"):

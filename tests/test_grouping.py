@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank_fused as lf
+from lowrank_fused.branches import lowrank_group
 from lowrank_fused.grouping import GROUP, group_of
 
 WIDTH = 12
@@ -163,6 +164,49 @@ def test_peft_models_are_grouped_by_accelerate_and_keep_their_losses():
     assert not any(GROUP in module.__dict__ for module in ours.modules())
     lf.accelerate(ours, groups=False)
     assert not any(GROUP in module.__dict__ for module in ours.modules())
+
+
+def projected(model: nn.Module, autocast: bool) -> list[torch.Tensor]:
+    """q, k, v of a bf16 model, with x in fp32 under autocast as a norm returns it; gradients of x and the factors."""
+    layers = [model.get_submodule(f"base_model.model.{name}_proj") for name in "qkv"]
+    x = data().detach().to(torch.float32 if autocast else torch.bfloat16).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ys = [layer(x) for layer in layers]
+    torch.manual_seed(3)
+    dys = [torch.randn_like(y) for y in ys]
+    return [*ys, *torch.autograd.grad(ys, [x, *trained(model)], dys)]
+
+
+@pytest.mark.parametrize(
+    ("autocast", "precision", "route"),
+    [(True, "match", "auto"), (True, "fast", "auto"), (False, "match", "precise"), (False, "fast", "auto")],
+)
+def test_fp32_adapters_of_a_bf16_model_are_grouped(autocast, precision, route, monkeypatch):
+    """PEFT as shipped. Under autocast it rounds A and B itself; outside of it they stay what they are, unless asked."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(Attention().bfloat16(), config)
+    assert {p.dtype for p in trained(theirs)} == {torch.float32}
+    ours = copy.deepcopy(theirs)
+    lf.accelerate(ours, precision=precision)
+    projected(ours, autocast)  # shows what is called with what
+    torch.optim.SGD(trained(ours), lr=0.0).step()
+    calls = []
+
+    def spy(*args, **settings):
+        calls.append(settings["route"])
+        return lowrank_group(*args, **settings)
+
+    monkeypatch.setattr("lowrank_fused.grouping.lowrank_group", spy)
+    found, expected = projected(ours, autocast), projected(theirs, autocast)
+    assert calls == [route]
+    for mine, other in zip(found[:4], expected[:4], strict=True):
+        assert mine.dtype == other.dtype
+        torch.testing.assert_close(mine, other, rtol=0.02, atol=0.03)
+    for mine, other in zip(found[4:], expected[4:], strict=True):
+        assert mine.dtype == other.dtype == torch.float32
+        close = {"rtol": 1e-5, "atol": 1e-5} if route == "precise" else {"rtol": 0.02, "atol": 0.1}
+        torch.testing.assert_close(mine, other, **close)
 
 
 def test_the_context_manager_leaves_groups_as_they_were():

@@ -106,19 +106,20 @@ def _as_call(layer: Any, x: Tensor, base: Base, part: Part, settings: Settings) 
     t, drop = part.terms, _dropout(part, x, "fused")
     if t.core is not None or t.out is not None or t.col is not None or isinstance(t.scale, Tensor):
         return "more than two factors and a number"
-    if settings.route not in ("auto", *GROUP_ROUTES):
-        return f"route {settings.route}"
+    route = settings.route
+    if route not in ("auto", *GROUP_ROUTES):
+        return f"route {route}"
     if drop and settings.dropout == "torch":
         return "PyTorch's own masks, one for each layer"
     if torch.is_autocast_enabled(x.device.type):
         if layer.reader.returns_dtype_of_input:
             return "returns the dtype of x under autocast"
-    elif settings.precision == "match" and t.a.dtype != x.dtype:
-        return "factors in fp32 beside x in 16 bits, which are not to be rounded"
+    elif settings.precision == "match" and x.element_size() == 2 and torch.float32 in (t.a.dtype, t.b.dtype):
+        route = "precise"
     bias = child_of(layer, "base_layer").bias
     if part.bias is not None:
         bias = part.bias if bias is None else bias + part.bias
-    return Call(Branch(base.matrix, t.a, t.b, bias), t.scale, drop.get("dropout_p", 0.0), settings.route)
+    return Call(Branch(base.matrix, t.a, t.b, bias), t.scale, drop.get("dropout_p", 0.0), route)
 
 
 def state_of(layer: Any) -> State:

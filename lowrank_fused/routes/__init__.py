@@ -42,7 +42,7 @@ __all__ = [
 
 ROUTES = ("reference", "addmm", "precise", "thin", "split", "single")
 # Those that serve several linears that share x.
-GROUP_ROUTES = ("addmm", "thin", "split")
+GROUP_ROUTES = ("addmm", "precise", "thin", "split")
 _LIBRARY = {"reference": reference, "addmm": addmm, "precise": precise}
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

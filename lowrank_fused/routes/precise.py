@@ -9,15 +9,17 @@ fp32, x in its own dtype.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..dropout import keep_of, pack, rows_at_a_time, unpack, zero_dropped
 from .cores import core_forward, core_grad, core_input_grad
-from .problem import Grads, Options, Saved
+from .problem import Grads, GroupGrads, GroupOptions, Options, Saved
 
-__all__ = ["add_forward", "backward", "forward"]
+__all__ = ["add_forward", "backward", "forward", "group_backward", "group_forward"]
 
 
 def forward(
@@ -39,12 +41,9 @@ def add_forward(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, core: Tensor | None, drop: Tensor | None, o: Options
 ) -> Saved:
     """y += scale · core(s) Bᵀ in place."""
-    a, b = _widened(a), _widened(b)
     keep = None if drop is None else keep_of(drop, x.shape[0], x.shape[1], o.dropout_p)
-    s = torch.empty(x.shape[0], a.shape[0], dtype=a.dtype, device=x.device)
-    for rows in _blocks(x):
-        torch.mm(_dropped(x, keep, rows), a.t(), out=s[rows]).mul_(o.keep_scale)
-    v = core_forward(s, o.core_kind, core)
+    s = _shrunk(x, _widened(a), keep, o.keep_scale)
+    v, b = core_forward(s, o.core_kind, core), _widened(b)
     for rows in _blocks(y):
         _add_product(y, rows, v, b.t(), o.scale)
     if keep is None or drop is None:
@@ -68,26 +67,98 @@ def backward(
     keep = None if saved.mask is None else unpack(saved.mask, a.shape[1])
     gv = torch.empty(dy.shape[0], b.shape[1], dtype=b.dtype, device=dy.device)
     v = core_forward(saved.s, o.core_kind, core) if o.wants_b and saved.s is not None else None
-    of_b = None if v is None else torch.zeros_like(b).t()
-    for rows in _blocks(dy):
-        wide = _widened(dy[rows])
-        torch.mm(wide, b, out=gv[rows]).mul_(o.scale)
-        if of_b is not None and v is not None:
-            of_b.addmm_(v[rows].t(), wide, alpha=o.scale)
-    grads.b = None if of_b is None else of_b.t()
+    grads.b = _dy_side(dy, b, v, o.scale, gv)
     if o.wants_core and saved.s is not None:
         grads.core = core_grad(gv, saved.s, o.core_kind)
     ds = core_input_grad(gv, o.core_kind, core)
     if o.wants_a and x is not None:
-        grads.a = torch.zeros_like(a)
-        for rows in _blocks(x):
-            grads.a.addmm_(ds[rows].t(), _dropped(x, keep, rows), alpha=o.keep_scale)
+        grads.a = _factor_grad(x, ds, keep, o.keep_scale)
     if o.wants_x:
         dx = dy.new_zeros(dy.shape[0], a.shape[1]) if weight is None else dy @ weight
         for rows in _blocks(dx):
             _add_product(dx, rows, ds, a, o.keep_scale, keep)
         grads.x = dx
     return grads
+
+
+def group_forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    drop: Tensor | None,
+    o: GroupOptions,
+) -> tuple[list[Tensor], Saved]:
+    """Every y, x being widened once for all A's."""
+    keep = None if drop is None else keep_of(drop, x.shape[0], x.shape[1], o.dropout_p)
+    s = _shrunk(x, torch.cat([_widened(a_i) for a_i in a]), keep, o.keep_scale)
+    ys = []
+    for weight, b_i, bias, ranks in zip(weights, b, biases, o.ranks, strict=True):
+        y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        for rows in _blocks(y):
+            _add_product(y, rows, s[:, ranks], _widened(b_i).t(), o.scale)
+        ys.append(y)
+    mask = pack(keep) if keep is not None and o.keeps_mask else None
+    return ys, Saved(s if any(o.wants_b) else None, mask)
+
+
+def group_backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    saved: Saved,
+    o: GroupOptions,
+) -> GroupGrads:
+    """One pass over each dy, one over x for every dA; dx chained through one tensor, its low-rank part added last."""
+    of_bias = [dy.sum(0, dtype=_wide(dy)) if wanted else None for dy, wanted in zip(dys, o.wants_bias, strict=True)]
+    grads = GroupGrads(b=[None] * len(dys), bias=of_bias)
+    if not (o.wants_x or any(o.wants_a) or any(o.wants_b)):
+        return grads
+    ds = dys[0].new_empty(dys[0].shape[0], o.ranks[-1].stop, dtype=_wide(dys[0]))
+    for i, ranks in enumerate(o.ranks):
+        v = saved.s[:, ranks] if o.wants_b[i] and saved.s is not None else None
+        grads.b[i] = _dy_side(dys[i], _widened(b[i]), v, o.scale, ds[:, ranks])
+    keep = None if saved.mask is None else unpack(saved.mask, a[0].shape[1])
+    if any(o.wants_a) and x is not None:
+        grads.a = _factor_grad(x, ds, keep, o.keep_scale)
+    if o.wants_x:
+        grads.x = dys[0] @ weights[0]
+        for dy, weight in zip(dys[1:], weights[1:], strict=True):
+            grads.x.addmm_(dy, weight)
+        joined = torch.cat([_widened(a_i) for a_i in a])
+        for rows in _blocks(grads.x):
+            _add_product(grads.x, rows, ds, joined, o.keep_scale, keep)
+    return grads
+
+
+def _shrunk(x: Tensor, a: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
+    """s = drop(x) Aᵀ."""
+    s = torch.empty(x.shape[0], a.shape[0], dtype=a.dtype, device=x.device)
+    for rows in _blocks(x):
+        torch.mm(_dropped(x, keep, rows), a.t(), out=s[rows]).mul_(keep_scale)
+    return s
+
+
+def _dy_side(dy: Tensor, b: Tensor, v: Tensor | None, scale: float, gv: Tensor) -> Tensor | None:
+    """scale · dy B, written to `gv`, and given v the gradient scale · dyᵀ v of B."""
+    of_b = None if v is None else torch.zeros_like(b).t()
+    for rows in _blocks(dy):
+        wide = _widened(dy[rows])
+        torch.mm(wide, b, out=gv[rows]).mul_(scale)
+        if of_b is not None and v is not None:
+            of_b.addmm_(v[rows].t(), wide, alpha=scale)
+    return None if of_b is None else of_b.t()
+
+
+def _factor_grad(x: Tensor, ds: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
+    """dA = dsᵀ drop(x)."""
+    grad = ds.new_zeros(ds.shape[1], x.shape[1])
+    for rows in _blocks(x):
+        grad.addmm_(ds[rows].t(), _dropped(x, keep, rows), alpha=keep_scale)
+    return grad
 
 
 def _widened(t: Tensor) -> Tensor:
