@@ -73,18 +73,19 @@ class Member(Protocol):
 
 @dataclass
 class _Waiting:
-    """Results for calls to come: with this x as it is, in this mode."""
+    """Results for calls to come: with this x as it is, in this mode, of these weights and factors as they are."""
 
     x: weakref.ref[Tensor]
     version: int | None
     mode: tuple[Any, ...]
-    ys: dict[int, Tensor]
+    ys: dict[int, tuple[Tensor, Branch, tuple[int | None, ...]]]
 
     def take(self, position: int, x: Tensor) -> Tensor | None:
         """The result of that member, once, if its call is the one that was foreseen."""
         if self.x() is not x or self.version != _version(x) or self.mode != _mode(x):
             return None
-        return self.ys.pop(position, None)
+        y, branch, versions = self.ys.pop(position, (None, None, ()))
+        return y if branch is not None and versions == _versions(branch) else None
 
 
 class Group:
@@ -195,8 +196,9 @@ class Group:
             label=f"{self.path}.{'+'.join(self.together)}",
         )  # fmt: skip
         self.shared += 1
-        waiting = dict(zip(calls, ys, strict=True))
-        y = waiting.pop(position)
+        found_ys = dict(zip(calls, ys, strict=True))
+        y = found_ys.pop(position)
+        waiting = {i: (y_i, calls[i].branch, _versions(calls[i].branch)) for i, y_i in found_ys.items()}
         self._waiting = _Waiting(weakref.ref(x), _version(x), _mode(x), waiting)
         return y
 
@@ -214,16 +216,23 @@ def _why_apart(calls: list[Call], x: Tensor) -> str | None:
 
 
 def _mode(x: Tensor) -> tuple[Any, ...]:
-    """What besides x a result is made for: gradients, autocast, the thread, the stream that it is ready on."""
+    """What besides x a result is made for: gradients, autocast, thread, the stream it is ready on, optimiser steps."""
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, threading.get_ident(), stream
+    grad = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return *grad, autocast, threading.get_ident(), stream, Steps.taken
 
 
 def _version(x: Tensor) -> int | None:
     """How often x was written to; nobody counts for a tensor made in inference mode."""
     return None if x.is_inference() else x._version
+
+
+def _versions(branch: Branch) -> tuple[int | None, ...]:
+    """How often each tensor of a branch was written to."""
+    tensors = (branch.weight, branch.a, branch.b, branch.bias)
+    return tuple(_version(t) for t in tensors if t is not None)
 
 
 def _is_traced(x: Tensor) -> bool:

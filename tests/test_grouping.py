@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -14,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank_fused as lf
+from lowrank_fused import grouping
 from lowrank_fused.branches import lowrank_group
 from lowrank_fused.grouping import GROUP, group_of
 
@@ -272,6 +275,46 @@ def test_a_result_is_for_the_tensor_and_the_mode_that_it_was_computed_with():
     assert model.v_proj(x) is not first  # once only
     with torch.inference_mode():
         torch.testing.assert_close(model(data() * 1.0), single(data()))
+
+
+@pytest.mark.parametrize("change", ["step", "B", "weight", "bias"])
+def test_a_result_is_for_the_weights_that_it_was_computed_with(change):
+    model = adapted(bias="all")[0].attention
+    lf.group(model)
+    settle(model)
+    x = data().detach()
+    model.q_proj(x)
+    if change == "step":  # written where no version tells of it, as generated factors are
+        model.k_proj.lora_B.data.mul_(2.0)
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0).step()
+    else:
+        with torch.no_grad():
+            {"B": model.k_proj.lora_B, "weight": model.k_proj.weight, "bias": model.k_proj.bias}[change].mul_(2.0)
+    torch.testing.assert_close(model.k_proj(x), lf.ungroup(copy.deepcopy(model)).k_proj(x))
+
+
+def test_a_result_is_for_its_thread_its_stream_and_its_kind_of_inference(monkeypatch):
+    model = adapted()[0].attention
+    lf.group(model)
+    settle(model)
+    one, x = group_of(model.q_proj), data().detach()
+    with torch.inference_mode():
+        model.q_proj(x)
+    with torch.no_grad():
+        assert not model.k_proj(x).is_inference()
+    shared, x = one.shared, x.clone()
+    with ThreadPoolExecutor(1) as pool, torch.no_grad():
+        model.q_proj(x)
+        grad_mode = torch.no_grad()(model.k_proj)
+        torch.testing.assert_close(pool.submit(grad_mode, x).result(), model.k_proj(x))
+    assert one.shared == shared + 3  # once for the other thread, once more for this one
+    stream = SimpleNamespace(cuda_stream=1)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), is_cuda=True)
+    before = grouping._mode(on_gpu)
+    assert grouping._mode(on_gpu) == before
+    stream.cuda_stream = 2
+    assert grouping._mode(on_gpu) != before
 
 
 def test_hooks_see_and_change_what_they_always_did():
