@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import peft
@@ -13,12 +14,13 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank_fused as lf
 from lowrank_fused import grouping
-from lowrank_fused.branches import lowrank_group
-from lowrank_fused.grouping import GROUP, group_of
+from lowrank_fused.branches import Branch, lowrank_group
+from lowrank_fused.grouping import GROUP, Call, group_of
 
 WIDTH = 12
 
@@ -266,6 +268,7 @@ def test_a_result_is_for_the_tensor_and_the_mode_that_it_was_computed_with():
     model.q_proj(x)
     x.add_(1.0)
     torch.testing.assert_close(model.k_proj(x), single.k_proj(x))  # written to since
+    x = x.clone()
     with torch.no_grad():
         model.q_proj(x)
     assert model.k_proj(x).requires_grad  # another mode
@@ -375,6 +378,53 @@ def test_layers_that_differ_are_computed_one_by_one(change):
     torch.testing.assert_close(model(data()), single(data()))
     assert group_of(model.q_proj).shared == before
     assert sum(group_of(model.q_proj).calls.values()) > 0
+
+
+class Own(torch.Tensor):
+    """A tensor of somebody else's."""
+
+
+def test_who_watches_single_layers_sees_them():
+    model = adapted()[0].attention
+    lf.group(model)
+    settle(model)
+    settle(model)
+    one, expected = group_of(model.q_proj), model(data())
+    assert one.shared == 2
+    with FlopCounterMode(display=False):
+        torch.testing.assert_close(model(data()), expected)
+    own = model(data().detach().as_subclass(Own))
+    torch.testing.assert_close(own.as_subclass(torch.Tensor), expected)
+    assert one.shared == 2
+
+
+def test_one_pass_needs_one_of_everything_and_ranks_that_fit():
+    x, weight, b = torch.randn(2, 4), torch.randn(5, 4), torch.randn(5, 80)
+    call = Call(Branch(weight, torch.randn(80, 4), b), 2.0, 0.1, "auto")
+    assert grouping._why_apart([call, call], x) is None
+    others = {
+        "scale": replace(call, scale=1.0),
+        "dropout": replace(call, dropout_p=0.2),
+        "route": replace(call, route="addmm"),
+        "dtype": replace(call, branch=Branch(weight, torch.randn(80, 4).double(), b)),
+        "device": replace(call, branch=Branch(weight.to("meta"), torch.randn(80, 4), b)),
+    }
+    for name, other in others.items():
+        assert "differ" in (grouping._why_apart([call, other], x) or ""), name
+    assert "128" in grouping._why_apart([call, call], SimpleNamespace(is_cuda=True))
+
+
+def test_a_result_is_for_the_precision_that_it_was_computed_in():
+    model = adapted()[0].attention.float()
+    lf.group(model)
+    x = data().detach().float()
+    with torch.no_grad():
+        model(x)
+        model.q_proj(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model.k_proj(x).dtype == torch.bfloat16
+            model.q_proj(y := x.clone())
+        assert model.k_proj(y).dtype == torch.float32
 
 
 @pytest.mark.parametrize("method", ["lora", "unilora", "loldu", "vera", "dora", "peanut", "collaborative"])
