@@ -76,8 +76,8 @@ class LowRankGroupFunction(torch.autograd.Function):
         )  # fmt: skip
         dx = None if grads.x is None else grads.x.view(*dy.shape[:-1], grads.x.shape[1])
         of_a = [None] * count if grads.a is None else grads.a.split([factor.shape[0] for factor in a])
-        wanted = zip((*of_a, *grads.b), (*ctx.options.wants_a, *ctx.options.wants_b), (*a, *b), strict=True)
-        factors = [g.to(leaf.dtype) if g is not None and wants else None for g, wants, leaf in wanted]
+        wanted = zip((*of_a, *grads.b), (*ctx.options.wants_a, *ctx.options.wants_b), strict=True)
+        factors = [grad if wants else None for grad, wants in wanted]
         return dx, None, None, None, None, *[None] * count, *factors, *grads.bias
 
 

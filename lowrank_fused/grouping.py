@@ -65,8 +65,6 @@ class Call:
 class Member(Protocol):
     """A layer that can be in a group."""
 
-    in_features: int
-
     def as_branch(self, x: Tensor) -> Call | str:
         """What a call with this x computes; why it can't be shared, in words."""
 
@@ -279,7 +277,7 @@ def group(model: nn.Module) -> GroupReport:
         for names in NAMES:
             children = {name: parent._modules.get(name) for name in names}
             members = {name: m for name, m in children.items() if m is not None and hasattr(m, "as_branch")}
-            if len(members) < 2 or len({m.in_features for m in members.values()}) != 1:
+            if len(members) < 2:
                 for member in members.values():
                     member.__dict__.pop(GROUP, None)
                 continue

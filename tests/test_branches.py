@@ -102,10 +102,16 @@ def test_every_route_is_as_accurate_as_separate_layers_in_pytorch(route, p, dtyp
 
 
 @pytest.mark.parametrize("route", routes())
-@pytest.mark.parametrize("frozen", ["x", "a", "b", "bias", "x a", "x b bias", "first a", "a b bias"])
-def test_only_what_is_asked_for_is_computed_and_kept(route, frozen):
+@pytest.mark.parametrize(
+    ("frozen", "p"),
+    [
+        *((frozen, 0.0) for frozen in ("x", "a", "b", "bias", "x a", "x b bias", "a b bias")),
+        *((frozen, 0.3) for frozen in ("a", "first a", "first b", "first bias")),
+    ],
+)
+def test_only_what_is_asked_for_is_computed_and_kept(route, frozen, p):
     x, dys = inputs(torch.float32, 20)
-    group, words = branches(torch.float32), frozen.split()
+    group, words, seed = branches(torch.float32), frozen.split(), torch.tensor([5])
     if "x" in words:
         x.requires_grad_(False)
     for i, branch in enumerate(group):
@@ -114,8 +120,8 @@ def test_only_what_is_asked_for_is_computed_and_kept(route, frozen):
                 getattr(branch, name).requires_grad_(False)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        ours = run(lowrank_group, x, group, dys, scale=SCALE, route=route)
-    expected = run(separately, x, group, dys)
+        ours = run(lowrank_group, x, group, dys, scale=SCALE, route=route, dropout_p=p, seed=seed)
+    expected = run(separately, x, group, dys, dropout_p=p, keep=draw_keep(seed, 20, K, p)[:, :K] if p else None)
     for found, wanted in zip(ours, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     owned = {t.data_ptr() for b in group for t in (b.weight, b.a, b.b)}
@@ -134,6 +140,29 @@ def test_a_result_that_the_loss_ignores_gets_no_gradient(route):
     wanted = torch.autograd.grad(separately(x, group)[::2], leaves(x, group), dys[::2], allow_unused=True)
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_that_nobody_needs_again_is_not_kept():
+    x, _ = inputs(torch.float32, 18)
+    group = branches(torch.float32)
+    for branch in group:
+        branch.a.requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lowrank_group(x.detach(), group, dropout_p=0.5, seed=torch.tensor([1]))
+    assert kept and not any(t.dtype == torch.uint8 for t in kept)
+
+
+def test_results_may_be_written_to_and_have_one_derivative():
+    x, dys = inputs(torch.float32, 3, 6)
+    group = branches(torch.float32)
+    ys = lowrank_group(x, group, scale=SCALE)
+    ys[0].add_(ys[0].detach())
+    dys = [dy.requires_grad_() for dy in dys]
+    first = torch.autograd.grad(ys, x, dys, create_graph=True)[0]
+    torch.testing.assert_close(first, torch.autograd.grad(separately(x, group), x, dys)[0])
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 def apart(t: torch.Tensor) -> torch.Tensor:

@@ -214,6 +214,21 @@ def test_fp32_adapters_of_a_bf16_model_are_grouped(autocast, precision, route, m
         torch.testing.assert_close(mine, other, **close)
 
 
+def test_biases_of_adapters_are_added():
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False, lora_bias=True
+    )
+    theirs = peft.get_peft_model(Attention().double(), config)
+    for parameter in trained(theirs):
+        parameter.data += torch.randn_like(parameter)
+    ours = copy.deepcopy(theirs)
+    lf.accelerate(ours)
+    settle(ours)
+    torch.testing.assert_close(ours(data()), theirs(data()))
+    assert group_of(ours.base_model.model.q_proj).shared == 1
+
+
 def test_the_context_manager_leaves_groups_as_they_were():
     model = peft.get_peft_model(Block(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     with lf.accelerated(model):
@@ -229,6 +244,18 @@ def test_the_context_manager_leaves_groups_as_they_were():
 def test_cross_attention_shares_what_it_can():
     model = adapted()[0].attention
     model.source = torch.randn(2, 9, WIDTH, dtype=torch.float64)[:, :5]
+    expected = model(data())
+    lf.group(model)
+    settle(model)
+    torch.testing.assert_close(model(data()), expected)
+    assert states(model) == {"share x: k_proj, v_proj"}
+
+
+def test_cross_attention_to_inputs_of_another_width_shares_what_it_can():
+    model = Attention().double()
+    model.k_proj, model.v_proj = nn.Linear(7, 6).double(), nn.Linear(7, 6).double()
+    lf.inject(model, lf.AdapterConfig(method="lora", rank=3, target_modules="all-linear"))
+    model.source = torch.randn(2, 5, 7, dtype=torch.float64)
     expected = model(data())
     lf.group(model)
     settle(model)
@@ -521,6 +548,9 @@ def test_a_compiled_graph_never_meets_a_group(make):
             torch.testing.assert_close(ours, theirs)
         assert before == (one.state(), one.shared, one.wasted, one._waiting) and counter.frame_count == 1
     assert one._waiting is not None and one.shared > 0
+    lf.ungroup(model)
+    torch.testing.assert_close(compiled(data()), expected)
+    assert counter.frame_count == 1
     torch.compiler.reset()
 
 
