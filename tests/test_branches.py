@@ -9,7 +9,8 @@ import lowrank_fused as lf
 from lowrank_fused.branches import Branch, lowrank_group
 from lowrank_fused.dropout import draw_keep
 from lowrank_fused.linear import lowrank_linear_ref
-from lowrank_fused.routes import GROUP_ROUTES, unavailable
+from lowrank_fused.routes import GROUP_ROUTES, choose, choose_for_group, unavailable
+from lowrank_fused.target import Target
 
 SIZES = ((24, 3), (8, 5), (16, 3))  # out_features and rank of each
 K, SCALE = 40, 0.7
@@ -237,6 +238,16 @@ def test_bad_input_is_told():
     group[0].weight.requires_grad_()
     with pytest.raises(ValueError, match="must be frozen"):
         lowrank_group(x, group)
+
+
+def test_each_direction_has_the_route_that_suits_it(monkeypatch):
+    """A gated MLP on sm_90: wide outputs make the products with dy long."""
+    target = Target(90, True)
+    monkeypatch.setattr("lowrank_fused.routes.target_of", lambda device: target)
+    shapes = [(14336, 16), (14336, 16)]
+    found = choose_for_group("auto", 8192, 4096, shapes, torch.bfloat16, False, torch.device("cuda"))
+    sizes = (8192, 2 * 14336, 4096, 32, torch.bfloat16, False, target, GROUP_ROUTES)
+    assert found == (choose("forward", *sizes), choose("backward", *sizes)) and found[0] != found[1]
 
 
 @pytest.mark.parametrize(("route", "forward", "backward"), [("split", 4, 5), ("thin", 4, 4)])
