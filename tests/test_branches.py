@@ -204,6 +204,29 @@ def test_a_factor_with_nan_spoils_no_other_projection():
     assert ours.isfinite().all() and not spoiled.isfinite().any()
 
 
+@pytest.mark.parametrize("route", routes())
+def test_gradients_that_share_memory_are_clipped_accumulated_and_used_one_by_one(route):
+    x, dys = inputs(torch.float32, 9)
+    factors = []
+    for forward in (
+        lambda group: lowrank_group(x, group, scale=SCALE, route=route),
+        lambda group: separately(x, group),
+    ):
+        group = branches(torch.float32)
+        of_a = [branch.a for branch in group]
+        optimizer = torch.optim.AdamW(of_a, lr=0.1)
+        for _ in range(2):  # the second time into what is there, set to zero or not
+            torch.autograd.backward(forward(group), dys, inputs=of_a)
+            torch.nn.utils.clip_grad_norm_(of_a[1:2], 0.5)  # of one alone: the others' must stay
+            assert all(a.grad.is_contiguous() for a in of_a)
+            optimizer.step()
+            of_a[0].grad.zero_()
+        factors.append(of_a)
+    for ours, theirs in zip(*factors, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_one_mask_is_kept_and_x_by_reference():
     x, _ = inputs(torch.float32, 18)
     kept = []
