@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -357,15 +358,29 @@ def test_agrees_with_peft_where_peft_has_the_method(name, options, tmp_path):
     theirs = peft.PeftModel.from_pretrained(make_model(), tmp_path / "ours", is_trainable=True)
     x = torch.randn(M, K)
     torch.testing.assert_close(model(x), theirs(x))
-    for network in (model, theirs):
-        network(x).square().sum().backward()
-    norms = [torch.stack(sorted(p.grad.norm() for p in m.parameters() if p.grad is not None)) for m in (model, theirs)]
-    assert len(norms[0]) > 0
-    torch.testing.assert_close(*norms)
     theirs.save_pretrained(tmp_path / "theirs")
     again = lf.load_adapter(make_model(), tmp_path / "theirs")
     torch.testing.assert_close(again(x), theirs(x))
     assert lf.trainable_parameters(again).trainable == lf.trainable_parameters(model).trainable
+    # Gradients under the names of files, which are the same for both: of what trains, and of x.
+    of_x = []
+    for network in (model, theirs):
+        leaf = x.clone().requires_grad_()
+        network(leaf).square().sum().backward()
+        of_x.append(leaf.grad)
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(parameter.grad)
+    torch.testing.assert_close(*of_x)
+    lf.save_adapter(model, tmp_path / "our gradients")
+    theirs.save_pretrained(tmp_path / "their gradients")
+    files = [tmp_path / folder / "adapter_model.safetensors" for folder in ("ours", "our gradients", "their gradients")]
+    values, ours, expected = (load_file(file) for file in files)
+    assert ours.keys() == expected.keys() == values.keys()
+    changed = [key for key in values if not torch.equal(ours[key], values[key])]
+    assert changed and all(ours[key].abs().max() > 0 for key in changed)
+    for key, grad in ours.items():
+        torch.testing.assert_close(grad, expected[key], msg=lambda text, key=key: f"d{key}: {text}")
 
 
 @each_variant
