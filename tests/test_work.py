@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lowrank_fused as lf
+from bench.methods import MethodCase, Pair
 from bench.published import PUBLISHED
 from bench.work import Work, count_work
 
@@ -45,14 +46,19 @@ def test_the_counter_sees_what_arithmetic_says(frozen):
 
 
 @pytest.mark.parametrize(
-    ("method", "options"),
-    [("unilora", {"theta_d_length": 4096}), ("collaborative", {}), ("collaborative", {"num_A": 4, "num_B": 10})],
+    ("method", "options", "pulled_back"),
+    [
+        ("unilora", {"theta_d_length": 4096}, 2),  # gradients of A and B put together, and summed into the vector
+        ("collaborative", {}, 1),
+        ("collaborative", {"num_A": 4, "num_B": 10}, 1),
+    ],
     ids=str,
 )
-def test_gathered_and_summed_factors_cost_what_lora_costs(method, options):
+def test_gathered_and_summed_factors_cost_what_lora_costs(method, options, pulled_back):
     """What is computed once per step (the gather, the sums) aside, which count_work computes beforehand."""
     plain, found = work("lora", 8), work(method, 8, **options)
     assert found.forward_operators == plain.forward_operators
+    assert found.backward_operators == plain.backward_operators + pulled_back
     assert (found.forward_flops, found.backward_flops) == (plain.forward_flops, plain.backward_flops)
 
 
@@ -62,6 +68,13 @@ def test_neat_forms_no_update(frozen):
     skinny, with_w = 32 / SIZE, 32 / TOKENS
     assert (forward, backward) == pytest.approx((1 + 2 * skinny, 1 + 4 * skinny + with_w))
     assert forward + with_w <= 1.10 and backward <= 1.20
+
+
+def test_pefts_layer_forms_the_update(frozen):
+    pytest.importorskip("peft")
+    assert relative(Pair.of(MethodCase("peanut", 32), SIZE, TOKENS).work("theirs"), frozen) == pytest.approx(
+        (2.03, 3.05), abs=0.01
+    )
 
 
 def test_loldu_forms_no_dense_gradient(frozen):

@@ -133,9 +133,10 @@ class _Gather(torch.autograd.Function):
         absent = [size for size, grad in zip(ctx.sizes, grads, strict=True) if grad is None]
         if len(absent) == len(grads):
             return None, None, None, None
-        some = next(grad for grad in grads if grad is not None)
-        zeros = some.new_zeros(max(absent, default=0))  # for layers that are frozen, removed or not reached
-        pieces = [zeros[:size] if g is None else g.reshape(-1) for size, g in zip(ctx.sizes, grads, strict=True)]
+        pieces = [grad.reshape(-1) for grad in grads if grad is not None]
+        if absent:  # layers that are frozen, removed or not reached
+            zeros, given = pieces[0].new_zeros(max(absent)), iter(pieces)
+            pieces = [zeros[:size] if g is None else next(given) for size, g in zip(ctx.sizes, grads, strict=True)]
         summed = project_back(
             torch.cat(pieces), ctx.first, total=p.total, length=p.length, seed=p.seed, index=p.recipe,
             deterministic=p.deterministic,
