@@ -368,10 +368,10 @@ def test_output_and_gradients_are_pefts(name, mode, p, device):
     assert paths(ours) == {calls_of(name, p): len(layers(ours)) * len(SHAPES)}
 
 
-@each_case
-@pytest.mark.parametrize("mode", ["fp32", "bf16-fp32"])
-def test_no_tokens_give_zeros_as_in_peft(name, mode, device):
-    mode, p = MODES[mode], rates(name)[-1]
+@pytest.mark.parametrize(("name", "p"), [(name, p) for name in CASES for p in rates(name)])
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16", "bf16-fp32"])
+def test_no_tokens_give_zeros_as_in_peft(name, p, mode, device):
+    mode = MODES[mode]
     theirs = built(name, mode, p).to(device)
     ours = copy.deepcopy(theirs)
     lf.accelerate(ours, dropout="torch")
