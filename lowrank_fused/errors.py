@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 __all__ = [
     "CheckpointError",
     "LaunchError",
@@ -9,6 +11,7 @@ __all__ = [
     "NotAcceleratedError",
     "SingularPivotError",
     "UnsupportedError",
+    "failure_of",
 ]
 
 
@@ -34,3 +37,17 @@ class CheckpointError(LowRankFusedError, ValueError):
 
 class SingularPivotError(LowRankFusedError, ValueError):
     """A weight whose LDU factorisation has a zero or vanishing pivot among the leading rank ones."""
+
+
+def failure_of(what: str, error: Exception, label: str | None, without: str) -> Exception:
+    """What to raise for an error in the middle of a launch: one with the layer's name and the ways around it.
+
+    `without` is the route on which what failed does not run. An error that nobody can name a layer for, memory that
+    ran out and a wrong request are raised as they are.
+    """
+    if label is None or isinstance(error, (torch.OutOfMemoryError, ValueError, TypeError, LowRankFusedError)):
+        return error
+    return LaunchError(
+        f"{label}: {what} failed with {type(error).__name__}: {error}. To train on without our kernels set "
+        f"LOWRANK_FUSED_ROUTE={without}, without this package call lowrank_fused.restore(model)"
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .dropout import draw_seed, pack_any
-from .errors import LaunchError, UnsupportedError
+from .errors import UnsupportedError, failure_of
 from .routes import choose, unavailable
 from .routes.problem import Grads, Options, Saved
 from .target import target_of
@@ -40,15 +40,11 @@ def guarded(function: Callable[..., Any], *operands: Any, where: torch.device, r
             return function(*operands)
         with torch.autocast(where.type, enabled=False):
             return function(*operands)
-    except (torch.OutOfMemoryError, ValueError, TypeError, UnsupportedError):
-        raise
     except Exception as error:
-        if label is None:
+        failure = failure_of(f"route {route!r}", error, label, "addmm")
+        if failure is error:
             raise
-        raise LaunchError(
-            f"{label}: route {route!r} failed with {type(error).__name__}: {error}. To train on without our kernels "
-            "set LOWRANK_FUSED_ROUTE=addmm, without this package call lowrank_fused.restore(model)"
-        ) from error
+        raise failure from error
 
 
 def rows_of(x: Tensor) -> Tensor:

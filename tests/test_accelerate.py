@@ -18,6 +18,7 @@ from torch import nn
 
 import lowrank_fused as lf
 from lowrank_fused.errors import LaunchError, NotAcceleratedError
+from lowrank_fused.factors import weight_factor
 from lowrank_fused.grouping import GROUP
 from lowrank_fused.peft import layers as peft_layers
 from lowrank_fused.peft import readers, swap
@@ -297,21 +298,50 @@ def test_three_hundred_layers_take_less_than_a_second():
     assert elapsed < 1.0
 
 
-def test_a_failing_launch_names_the_layer_and_the_way_around(monkeypatch):
+def fail(*_: Any, **__: Any) -> None:
+    raise RuntimeError("device-side assert")
+
+
+def failure_in(model: nn.Module, direction: str, monkeypatch: pytest.MonkeyPatch, *where: Any) -> str:
+    """What is told when the function at `where` fails in a forward pass, or in the backward pass of one."""
+    x = torch.ones(2, 8)
+    y = model(x) if direction == "backward" else None
+    monkeypatch.setattr(*where, fail)
+    with pytest.raises(LaunchError) as caught:
+        model(x) if y is None else y.sum().backward()
+    message = str(caught.value)
+    assert message.count("RuntimeError: device-side assert") == 1, "told once"
+    assert type(caught.value.__cause__) is RuntimeError and "lowrank_fused.restore(model)" in message
+    return message
+
+
+@pytest.mark.parametrize(("direction", "layer"), [("forward", "0"), ("backward", "1")])
+def test_a_failing_launch_names_the_layer_and_the_way_around(direction, layer, monkeypatch):
     model = tower()
     lf.accelerate(model)
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("device-side assert")
-
-    monkeypatch.setattr(addmm, "forward", fail)
-    with pytest.raises(LaunchError) as caught:
-        model(torch.ones(2, 8))
-    message = str(caught.value)
-    assert message.startswith("base_model.model.0: route 'addmm' failed with RuntimeError: device-side assert")
-    assert "LOWRANK_FUSED_ROUTE" in message and "lowrank_fused.restore(model)" in message
+    message = failure_in(model, direction, monkeypatch, addmm, direction)
+    assert message.startswith(f"base_model.model.{layer}: route 'addmm' failed with ")
+    assert "LOWRANK_FUSED_ROUTE=addmm" in message
     lf.restore(model)
-    model(torch.ones(2, 8))
+    model(torch.ones(2, 8)).sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward", "evaluation"])
+def test_a_failing_launch_that_makes_factors_is_named_too(mode, monkeypatch):
+    """NEAT's act(A W), which has a kernel of its own whatever the route."""
+    if not hasattr(peft, "PeanutConfig"):
+        pytest.skip(f"PEFT {peft.__version__} has no PEANuT")
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.PeanutConfig(r=2, target_modules=["0"]))
+    move(model)
+    lf.accelerate(model)
+    with torch.set_grad_enabled(mode != "evaluation"):
+        model.train(mode != "evaluation")
+        message = failure_in(model, mode, monkeypatch, weight_factor, "_uses_kernels")
+    assert message.startswith("base_model.model.0: making its factors failed with ")
+    assert "LOWRANK_FUSED_ROUTE=off" in message
+    monkeypatch.setenv("LOWRANK_FUSED_ROUTE", "off")
+    lf.accelerate(model)
+    model(torch.ones(2, 8)).sum().backward()
 
 
 # The report.

@@ -9,13 +9,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["Generated", "Steps"]
+from ..errors import failure_of
+
+__all__ = ["Generated", "Steps", "named"]
 
 
 class Steps:
@@ -42,6 +45,7 @@ class _Graph:
 
     outputs: tuple[Tensor, ...]
     sources: tuple[Tensor, ...]
+    label: str | None = None
     held: list[Tensor | None] = field(default_factory=list)
     holding: bool = False
 
@@ -86,7 +90,8 @@ class _Pullback(torch.autograd.Function):
         if not graph.holding:
             outputs, ready = graph.take()
             if outputs:
-                found = list(torch.autograd.grad(outputs, wanted, ready, retain_graph=True, allow_unused=True))
+                pull_back = partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
+                found = list(named(graph.label, pull_back, outputs, wanted, ready))
         given = iter(found)
         return (None, *(next(given) if needed else None for needed in ctx.needs_input_grad[1:]))
 
@@ -102,10 +107,12 @@ class Generated:
     `hold` and `release` it waits, so that several backwards share one. In a compiled or captured graph nothing is
     remembered: a replay has to compute what its sources hold by then. Nor is it where parameters are sharded by
     `fully_shard`.
+
+    `label` names the layer in the error of a launch that fails.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], label: str | None = None) -> None:
+        self.function, self.label = function, label
         self.evaluations = 0
         self._key: tuple | None = None
         self._sources: tuple[Tensor, ...] = ()
@@ -142,8 +149,8 @@ class Generated:
             torch.autocast(device, enabled=False),
             torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged),
         ):
-            outputs = tuple(self.function(*sources))
-            self._graph = _Graph(outputs, sources, holding=self._holding)
+            outputs = tuple(named(self.label, self.function, *sources))
+            self._graph = _Graph(outputs, sources, self.label, holding=self._holding)
             if any(out.requires_grad for out in outputs):
                 self._values = _Pullback.apply(self._graph, *sources)
             else:
@@ -171,10 +178,21 @@ class Generated:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle starts with nothing remembered."""
-        return {"function": self.function}
+        return {"function": self.function, "label": self.label}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["function"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def named(label: str | None, function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments), which makes factors or pulls their gradients back, with the layer's name if it fails."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        failure = failure_of("making its factors", error, label, "off")
+        if failure is error:
+            raise
+        raise failure from error
 
 
 def _must_not_remember(sources: tuple[Tensor, ...]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..factors.generated import Generated
+from ..factors.generated import Generated, named
 
 __all__ = ["Settings", "State"]
 
@@ -52,9 +52,11 @@ class State:
         """
         if torch.compiler.is_compiling() or not (trains or torch.is_grad_enabled()):
             with torch.autocast(sources[0].device.type, enabled=False):
-                return function(*sources, **constants)
+                if torch.compiler.is_compiling():
+                    return function(*sources, **constants)
+                return named(self.path, partial(function, **constants), *sources)
         known = self.generated.get(adapter)
         if known is None or known[:2] != (function, constants):
-            known = (function, constants, Generated(partial(function, **constants)))
+            known = (function, constants, Generated(partial(function, **constants), self.path))
             self.generated[adapter] = known
         return known[2](*sources)
