@@ -351,7 +351,8 @@ def test_trains_as_peft_does(name, results):
         assert len(ours["adapters"]) >= 2 * LAYERS
         assert ours["adapters"].keys() == theirs["adapters"].keys()
         if case.tolerance == TOLERANCE:
-            torch.testing.assert_close(ours["adapters"], theirs["adapters"], rtol=1e-4, atol=2e-5)
+            for adapter, expected in theirs["adapters"].items():
+                assert (ours["adapters"][adapter] - expected).norm() < TOLERANCE * expected.norm(), adapter
     first, second = (of_rank[name][1] for of_rank in results)
     assert first["losses"] != second["losses"]
     torch.testing.assert_close(first["adapters"], second["adapters"], rtol=0, atol=0)
