@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_fused as lf
+from lowrank_fused.grouping import group_of
 from lowrank_fused.peft.layers import Accelerated
 from lowrank_fused.tools.tiny_models import logits, tiny_model
 from lowrank_fused.tools.twins import Twins, move, same_state
@@ -207,6 +208,38 @@ SCALINGS: list[Callable[[Any], Any]] = [
     lambda layer: layer.unscale_layer(),
     lambda layer: layer.set_scale("default", 0),
 ]
+
+
+def test_layers_that_share_x_live_through_all_of_it():
+    """q and v as one group, gate and up as another: as single layers where they differ, together again afterwards."""
+    twins = Twins(adapted(lora(target_modules=["q_proj", "v_proj", "gate_proj", "up_proj"])))
+    groups = {id(group): group for module in twins.ours.modules() if (group := group_of(module)) is not None}.values()
+    counts = []
+
+    def check(trains: bool = True) -> bool:
+        """Whether all groups shared x in the calls that were compared."""
+        before = [group.shared for group in groups]
+        twins.check(trains=trains)
+        counts.append([group.shared - was for group, was in zip(groups, before, strict=True)])
+        return all(counts[-1])
+
+    assert len(groups) == 4 and check()
+    twins.each(lambda model: model.merge_adapter())
+    assert not check(trains=False)
+    twins.each(lambda model: model.unmerge_adapter())
+    assert check()
+    with twins.inside(lambda model: model.disable_adapter()):
+        assert not check(trains=False)
+    twins.each(lambda model: model.add_adapter("other", lora(r=2, target_modules=["q_proj", "gate_proj", "up_proj"])))
+    twins.each(lambda model: model.base_model.set_adapter(["default", "other"]))
+    twins.each(lambda model: move(model, seed=3))
+    assert not check() and sum(map(bool, counts[-1])) == 2, "v lacks an adapter that q has; gate and up have both"
+    twins.each(lambda model: model.set_adapter("default"))
+    twins.each(lambda model: lora_layers(model)[0].scale_layer(0.5))
+    assert not check() and sum(map(bool, counts[-1])) == 3
+    twins.each(lambda model: lora_layers(model)[0].unscale_layer())
+    twins.each(lambda model: model.delete_adapter("other"))
+    assert check()
 
 
 def test_scaling():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_fused.peft import accelerate, explain
-from lowrank_fused.peft.layers import Accelerated
+from lowrank_fused.peft.layers import Accelerated, state_of
 
 from .tiny_models import logits
 
@@ -41,6 +41,21 @@ class Twins:
         self.peft: Any = copy.deepcopy(model)
         self.run = run
         self.report = accelerate(self.ours, **{"dropout": "torch", **settings})
+        self._let_groups_form()
+
+    def _let_groups_form(self) -> None:
+        """Two passes without gradients: what the first shows of shared inputs applies in the second."""
+        for model in (self.ours, self.peft):
+            training = [module.training for module in model.modules()]
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(7)
+                for _ in range(2):
+                    self.run(model.eval())
+            for module, mode in zip(model.modules(), training, strict=True):
+                module.training = mode
+        for module in self.ours.modules():
+            if isinstance(module, Accelerated):
+                state_of(module).calls.clear()
 
     def do(self, call: Callable[[Any], Any], *, raises: type[Exception] | None = None) -> tuple[Any, Any]:
         """What a call returns for each; what it raises, and what it warns of, must be the same."""
