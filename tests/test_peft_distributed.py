@@ -32,11 +32,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import lowrank_fused as lf
+from lowrank_fused.grouping import group_of
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, BATCH, VOCABULARY = 10, 4, 31
 TARGETS = r".*(q|v|down)_proj"
-LAYERS = 6
+LAYERS, DECODERS = 6, 2
 TOLERANCE = 1e-5  # of an fp32 loss: the order of sums alone differs
 
 
@@ -51,7 +52,9 @@ def llama() -> LlamaForCausalLM:
 
 def peft_model(method: str = "lora", dtype: torch.dtype = torch.float32) -> PeftModel:
     config: Any = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, lora_dropout=0.1)
-    if method == "dora":
+    if method == "lora without dropout":
+        config.lora_dropout = 0.0
+    elif method == "dora":
         config = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, use_dora=True)
     elif method == "peanut":
         config = peft.PeanutConfig(r=4, target_modules=TARGETS, depth=1)
@@ -64,6 +67,12 @@ def rows(rank: int, steps: int) -> Iterator[dict[str, Tensor]]:
     for _ in range(steps):
         ids = (torch.randint(0, VOCABULARY, (BATCH, 1), generator=g) + torch.arange(11)) % VOCABULARY
         yield {"input_ids": ids, "labels": ids}
+
+
+def shared_by_groups(model: nn.Module) -> int:
+    """How often q and v were computed from one read of x, in all decoder layers together."""
+    groups = {id(group): group for module in model.modules() if (group := group_of(module)) is not None}
+    return sum(group.shared for group in groups.values())
 
 
 def calls_of(model: nn.Module) -> dict[str, int]:
@@ -136,6 +145,7 @@ class Case:
     """How a model is made and wrapped, what our layers do then, and how close the courses are.
 
     `path` may go on with the beginning of the reason. `fails` is the error that PyTorch or PEFT raises by itself.
+    `shares` is how many forwards of a decoder layer q and v share.
     """
 
     wrap: Callable[[Any], nn.Module]
@@ -147,6 +157,7 @@ class Case:
     accumulates: bool = False
     tolerance: float = TOLERANCE
     fails: str = ""
+    shares: int = 0
 
 
 PATIENCE = timedelta(seconds=60)  # with the other process, when it failed
@@ -154,8 +165,10 @@ BF16 = 2**-8  # one rounding of a number near 1
 RECOMPUTED = 2 * STEPS
 OWN_UNITS = "original: the adapter holds a FullyShardedDataParallel"
 NEEDS_WHOLE = "original: depends on a base weight"
+GROUPED = {"method": "lora without dropout", "shares": STEPS - 1}  # found out in the first step
 CASES = {
     "ddp": Case(ddp),
+    "ddp, q and v share x": Case(ddp, **GROUPED),
     "ddp, accelerated after": Case(ddp, after=True),
     "ddp, unused parameters": Case(ddp_with_an_unused_parameter),
     "ddp, static graph": Case(functools.partial(ddp, static_graph=True)),
@@ -165,15 +178,22 @@ CASES = {
     ),
     "ddp, no_sync": Case(ddp, accumulates=True),
     "ddp, no_sync, dora": Case(ddp, method="dora", accumulates=True),
-    "ddp, no_sync, peanut": Case(ddp, method="peanut", accumulates=True),
+    "ddp, no_sync, peanut": Case(ddp, method="peanut", accumulates=True, shares=STEPS - 2),
     "fsdp2": Case(fsdp2),
+    "fsdp2, q and v share x": Case(fsdp2, **GROUPED),
+    "fsdp2, checkpointed, q and v share x": Case(
+        functools.partial(checkpointed, wrap=fsdp2, use_reentrant=False),
+        forwards=RECOMPUTED,
+        method="lora without dropout",
+        shares=2 * (STEPS - 1),
+    ),
     "fsdp2, accelerated after": Case(fsdp2, after=True),
     "fsdp2, checkpointed": Case(functools.partial(checkpointed, wrap=fsdp2, use_reentrant=False), forwards=RECOMPUTED),
     "fsdp2, checkpointed reentrant": Case(
         functools.partial(checkpointed, wrap=fsdp2, use_reentrant=True), forwards=RECOMPUTED
     ),
     "fsdp2, dora": Case(fsdp2, method="dora"),
-    "fsdp2, peanut": Case(fsdp2, method="peanut"),
+    "fsdp2, peanut": Case(fsdp2, method="peanut", shares=STEPS - 1),
     "fsdp2, fp32 adapters on bf16": Case(fsdp2, dtype=torch.bfloat16, tolerance=BF16),
     "fsdp2, mixed precision": Case(fsdp2_in_bf16, tolerance=BF16),
     "fsdp2, factors apart": Case(fsdp2_with_units_for_factors, "original: a hook on FSDPLinear of the adapter"),
@@ -246,7 +266,8 @@ def course(case: Case, rank: int, *, accelerated: bool) -> dict[str, Any]:
             lf.accelerate(wrapped, dropout="torch")
         losses = train(wrapped, case, rank)
         calls = calls_of(wrapped) if accelerated else {}
-        return {"losses": losses, "adapters": whole_adapters(wrapped), "calls": calls, "error": ""}
+        shared = shared_by_groups(wrapped)
+        return {"losses": losses, "adapters": whole_adapters(wrapped), "calls": calls, "shared": shared, "error": ""}
     except Exception:
         return {"error": traceback.format_exc()}
 
@@ -348,6 +369,7 @@ def test_trains_as_peft_does(name, results):
         ((path, calls),) = ours["calls"].items()
         assert path.startswith(case.path)
         assert calls == case.forwards * LAYERS
+        assert ours["shared"] == case.shares * DECODERS and theirs["shared"] == 0
         assert len(ours["adapters"]) >= 2 * LAYERS
         assert ours["adapters"].keys() == theirs["adapters"].keys()
         if case.tolerance == TOLERANCE:
