@@ -114,7 +114,7 @@ def routes_for(
     """The routes that serve forward and backward of such a call on W of `shape` [N, K].
 
     A named route serves both or raises; but with precision "match" factors of fp32 beside a 16-bit x always take the
-    route that does not round them.
+    route that does not round them. Inside torch.compile "auto" stays what it is.
     """
     if precision not in ("fast", "match"):
         raise ValueError(f"precision must be 'fast' or 'match', got {precision!r}")
@@ -125,6 +125,8 @@ def routes_for(
             error = UnsupportedError if route in ("thin", "split") else ValueError
             raise error(f"route {route!r} cannot run: {reason}")
         return route, route
+    if torch.compiler.is_compiling():
+        return "auto", "auto"  # one graph serves any number of tokens; operators choose when it runs
     n, k = shape
     m = x.numel() // k if k else 0
     sizes = (m, n, k, a.shape[0], x.dtype, dropout_p > 0, target_of(x.device))

@@ -2,7 +2,7 @@
 
 `lowrank_fused::forward`, `lowrank_fused::add_` (for a product that somebody else computed, in place) and
 `lowrank_fused::backward` are functions of their arguments alone (what the dropout mask comes from is one of them) and
-know no autograd; `linear.py` and `add.py` put autograd Functions above them. Optional results that were not asked for
+know no autograd; `linear.py` and `add.py` put autograd Functions above them. Their route may be "auto". Optional results that were not asked for
 come back as empty tensors, since an operator's outputs are never None; nor do they alias an argument, so a mask that
 was given does not come back.
 
@@ -11,15 +11,16 @@ The functions `forward`, `add_` and `backward` here are what calls them, or thei
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .library import define, is_watched
-from .routes import implementation
+from .routes import choose, implementation
 from .routes.problem import Grads, Options, Saved
 from .routes.rows import readable
+from .target import target_of
 
 __all__ = ["add_", "add_op", "backward", "backward_op", "forward", "forward_op"]
 
@@ -27,6 +28,7 @@ __all__ = ["add_", "add_op", "backward", "backward_op", "forward", "forward_op"]
 def _forward(x, weight, a, b, core, bias, drop, *, scale, core_kind, dropout_p, wants, route):
     o = Options(scale, core_kind, dropout_p, *wants)
     x = readable(x)
+    route = _named(route, "forward", x, weight.shape[0], a, o)
     y, saved = implementation(route, x).forward(x, weight, a, b, core, bias, drop, o)
     return y, *_kept(saved, drop, x, o)
 
@@ -39,11 +41,20 @@ def _forward_fake(x, weight, a, b, core, bias, drop, *, scale, core_kind, dropou
 def _add(y, x, a, b, core, drop, *, scale, core_kind, dropout_p, wants, route):
     o = Options(scale, core_kind, dropout_p, *wants)
     x = readable(x)
+    route = _named(route, "forward", x, y.shape[1], a, o)
     return _kept(implementation(route, x).add_forward(y, x, a, b, core, drop, o), drop, x, o)
 
 
 def _add_fake(y, x, a, b, core, drop, *, scale, core_kind, dropout_p, wants, route):
     return _kept_fake(x, a, drop, Options(scale, core_kind, dropout_p, *wants), route)
+
+
+def _named(route: str, direction: Literal["forward", "backward"], rows: Tensor, n: int, a: Tensor, o: Options) -> str:
+    """The route by name: compiled graphs, which serve any number of tokens, leave "auto" to be chosen here."""
+    if route != "auto":
+        return route
+    r, k = a.shape
+    return choose(direction, rows.shape[0], n, k, r, rows.dtype, o.dropout_p > 0, target_of(rows.device))
 
 
 def _draws(drop: Tensor | None, o: Options) -> bool:
@@ -64,7 +75,9 @@ def _kept_fake(x: Tensor, a: Tensor, drop: Tensor | None, o: Options, route: str
 
 
 def _backward(dy, x, weight, a, b, core, s, mask, *, scale, core_kind, dropout_p, wants, route):
-    grads = _gradients(dy, x, weight, a, b, core, Saved(s, mask), Options(scale, core_kind, dropout_p, *wants), route)
+    o = Options(scale, core_kind, dropout_p, *wants)
+    route = _named(route, "backward", dy, dy.shape[1], a, o)
+    grads = _gradients(dy, x, weight, a, b, core, Saved(s, mask), o, route)
     return tuple(_or_empty(grad, dy) for grad in (grads.x, grads.a, grads.b, grads.core, grads.bias))
 
 

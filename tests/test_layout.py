@@ -31,7 +31,7 @@ GROUPS = {
     "factors": {"factors"},
     "methods": {"methods"},
     "peft": {"peft"},
-    "tools": {"benchmark", "cli", "demo", "report", "reproduce", "roofline", "testing", "tools"},
+    "tools": {"__main__", "benchmark", "cli", "demo", "report", "reproduce", "roofline", "testing", "tools"},
 }
 ARROWS = {
     "ground": {"ground"},

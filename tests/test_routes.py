@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_fused import UnsupportedError
+from lowrank_fused import UnsupportedError, lowrank_add, lowrank_linear, ops
 from lowrank_fused.operands import routes_for
 from lowrank_fused.routes import GROUP_ROUTES, ROUTES, choose, implementation, unavailable
 from lowrank_fused.routes.problem import Options
@@ -111,24 +111,35 @@ def test_the_chooser_knows_gpus_as_the_roofline_does():
         assert routes._BALANCE[arch] == round(gpu.balance)
 
 
-def test_compiled_graphs_choose_by_the_tokens_they_run_on():
-    """One graph for all token counts that are served alike."""
-    graphs = []
+@pytest.mark.parametrize("call", ["linear", "add"])
+def test_compiled_graphs_choose_by_the_tokens_they_run_on(call, monkeypatch):
+    """One graph for any number of them."""
+    asked, graphs, compiled = [], [], []
 
-    def count(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> object:
+    def chooses(direction, m, n, k, r, *rest):
+        asked.append((direction, m, n, k, r))
+        return "addmm"
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
         graphs.append(graph)
-        return graph.forward
+        return aot_eager(graph, inputs)
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    monkeypatch.setattr(ops, "choose", chooses)
+    w, a, b = torch.randn(6, 8), torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)
 
     @torch.compile(fullgraph=True, dynamic=True, backend=count)
-    def scaled(x: torch.Tensor) -> torch.Tensor:
-        m = x.numel() // 4096
-        routes = [choose(d, m, 4096, 4096, 16, BF16, False, H100) for d in ("forward", "backward")]
-        return x * (ROUTES.index(routes[0]) * 10 + ROUTES.index(routes[1]))
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if call == "linear":
+            return lowrank_linear(x, w, a, b, dropout_p=0.25)
+        return lowrank_add(x @ w.t(), x, a, b, dropout_p=0.25)
 
-    for tokens in (10, 300, 2574, 2575, 9000, 16):
-        expected = [ROUTES.index(route) for route in chosen(tokens, 4096, 4096)]
-        assert scaled(torch.ones(1, tokens, 4096))[0, 0, 0] == expected[0] * 10 + expected[1]
-    assert len(graphs) == 2
+    for tokens in (10, 300, 9000, 16):
+        run(torch.randn(1, tokens, 8)).sum().backward()
+        assert asked == [("forward", tokens, 6, 8, 2), ("backward", tokens, 6, 8, 2)]
+        asked.clear()
+        compiled.append(len(graphs))
+    assert compiled[0] == compiled[-1]
 
 
 @pytest.mark.parametrize("target", [A100, H100, B200, Target(89, True), Target(120, True), Target(103, True)])

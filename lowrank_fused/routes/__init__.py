@@ -17,7 +17,6 @@ for which there is a prior: e, the speed of Triton's GEMM over the library's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import inf
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -94,13 +93,12 @@ def choose(
     rho = _nearest(_BALANCE, target.arch)
     launch = _LAUNCH * _nearest(_PEAK, target.arch) / (2 * n * k)
     traffic = rho + (rho / n + rho / k) * m
-    # torch.compile traces this, and what it makes of m has no min with a key.
-    chosen, least = "addmm", inf
-    for route, cost in costs.items():
-        time = torch.sym_max(cost.product * m, traffic) + cost.passes * m + cost.launches * launch
-        if route in among and time < least:
-            chosen, least = route, time
-    return chosen
+
+    def time(route: str) -> float:
+        cost = costs[route]
+        return max(cost.product * m, traffic) + cost.passes * m + cost.launches * launch
+
+    return min((route for route in costs if route in among), key=time)
 
 
 class _Cost(NamedTuple):
@@ -168,8 +166,7 @@ def choose_for_group(
 
 def _nearest(table: Mapping[int, float], arch: int) -> float:
     """The entry of the newest architecture that is not newer than this one."""
-    older = [known for known in table if known <= arch]
-    return table[max(older, default=min(table))]
+    return table[max((known for known in table if known <= arch), default=min(table))]
 
 
 def unavailable(route: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -190,4 +190,5 @@ def _input_grad(
 
 def _scaled_mm(p: Tensor, q: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
     """alpha · p @ q, rounded once."""
-    return torch.addmm(p.new_zeros(()), p, q, beta=0, alpha=alpha, out=out)
+    unread = p.new_empty(())  # with beta = 0; zeros would be a launch
+    return torch.addmm(unread, p, q, beta=0, alpha=alpha, out=out)
