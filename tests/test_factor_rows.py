@@ -62,6 +62,7 @@ def test_shrink(ranks, dtype, device):
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
 def test_x_factors_and_expand(ranks, masked, device):
     from lowrank_fused.kernels.expand import expand
+    from lowrank_fused.kernels.launch import Tile
     from lowrank_fused.kernels.x_factors import x_factors
 
     a = pieces(ranks, "rows apart", torch.float32, device)
@@ -70,8 +71,10 @@ def test_x_factors_and_expand(ranks, masked, device):
     how = {"mask": mask_of(device), "dropout_p": P} if masked else {}
     both_ways(lambda a: x_factors(x, ds, a, want_dx0=True, **how), a)
 
+    tile = Tile(block_m=16, block_n=32, block_r=16)  # 17 ranks are two blocks
+
     def expanded(a: Tensor | list[Tensor]) -> tuple[Tensor]:
-        return (expand(ds, a.t() if isinstance(a, Tensor) else [f.t() for f in a], **how),)
+        return (expand(ds, a.t() if isinstance(a, Tensor) else [f.t() for f in a], tile=tile, **how),)
 
     both_ways(expanded, a)
 
