@@ -117,7 +117,8 @@ def choose_tile(K: int, R: int, dtype: torch.dtype, wants_dx0: bool, masked: boo
     aligned = K % 16 == 0
     # Without wgmma or tensor memory both products keep their operands in registers; so does what a mask selects.
     short = masked or not aligned or (wants_dx0 and arch not in (90, 100))
-    # What both products and a mask hold is then too much for the registers of four warps.
+    # What both products and a mask hold is then too much for the registers of four warps; of eight it is not, unless
+    # the assembler is left to decide: it spills a few bytes in order to fit two programs.
     crowded = block_r == 64 and masked and wants_dx0 and arch >= 120
     return Tile(
         block_m=32 if short else 64,
@@ -125,6 +126,7 @@ def choose_tile(K: int, R: int, dtype: torch.dtype, wants_dx0: bool, masked: boo
         block_r=block_r,
         num_warps=8 if block_r == 128 or crowded else 4,
         num_stages=4 if short else 3,
+        max_registers=255 if crowded else None,
     )
 
 
