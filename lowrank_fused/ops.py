@@ -2,9 +2,9 @@
 
 `lowrank_fused::forward`, `lowrank_fused::add_` (for a product that somebody else computed, in place) and
 `lowrank_fused::backward` are functions of their arguments alone (what the dropout mask comes from is one of them) and
-know no autograd; `linear.py` and `add.py` put autograd Functions above them. Their route may be "auto". Optional results that were not asked for
-come back as empty tensors, since an operator's outputs are never None; nor do they alias an argument, so a mask that
-was given does not come back.
+know no autograd; `linear.py` and `add.py` put autograd Functions above them. Their route may be "auto". Optional
+results that were not asked for come back as empty tensors, since an operator's outputs are never None; nor do they
+alias an argument, so a mask that was given does not come back.
 
 The functions `forward`, `add_` and `backward` here are what calls them, or their implementation where nobody watches.
 """
