@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -11,11 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, Tile, arch_of, cdiv, sm_count, with_adjacent_ranks, zeroed_counters
+from .measured import Tuned, tuned_tile
 from .shrink import choose_tile as choose_row_tile
 from .shrink import launch_shrink
 from .tile import cast, dot, is_last_to_arrive, reduce_parts
 
-__all__ = ["DyFactors", "choose_tile", "dy_factors", "one_pass_max_rank", "rows_per_chunk"]
+__all__ = ["DyFactors", "choose_tile", "dy_factors", "one_pass_max_rank", "rows_per_chunk", "tiles"]
 
 
 class DyFactors(NamedTuple):
@@ -119,10 +121,21 @@ def choose_tile(N: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
         block_m = 64 if block_r == 16 else 32
         return Tile(block_m=block_m, block_n=128, block_r=block_r, num_warps=8, num_stages=3, max_registers=255)
     # 512 columns beside a core's gradient spill where products read their operands from registers (sm_80, 86, 89).
-    wide = block_r == 16 and N >= 2048 and arch in (90, 100)
+    wide = N >= 2048 and _may_be_wide(block_r, arch)
     # On sm_100 64 rows of 64 ranks would be products in tensor memory, and the way there spills.
     block_m = 32 if block_r == 64 and arch == 100 else 64
     return Tile(block_m=block_m, block_n=512 if wide else 256, block_r=block_r, num_warps=8, num_stages=3)
+
+
+def _may_be_wide(block_r: int, arch: int) -> bool:
+    return block_r == 16 and arch in (90, 100)
+
+
+def tiles(N: int, R: int, dtype: torch.dtype, arch: int) -> list[Tuned]:
+    """What `choose_tile` may return for such operands: strips of both widths where there are two."""
+    tile = choose_tile(N, R, dtype, arch)
+    widths = (512, 256) if tile.block_n in (256, 512) and _may_be_wide(tile.block_r, arch) else (tile.block_n,)
+    return [Tuned(replace(tile, block_n=width)) for width in widths]
 
 
 def rows_per_chunk(M: int, columns: int, block_m: int, programs: int) -> int:
@@ -163,7 +176,9 @@ def dy_factors(
         return _without_db(dy, b, s, ds, scale, core, want_dcore, tile)
     assert s is not None
     if tile is None:
-        tile = choose_tile(N, R, dy.dtype, arch_of(dy))
+        arch = arch_of(dy)
+        tuned = tuned_tile("dy_factors", dy, arch, (N, 0, R), "", partial(tiles, N, R, dy.dtype, arch))
+        tile = tuned.tile if tuned else choose_tile(N, R, dy.dtype, arch)
     assert tile.block_r >= R, f"one pass over dy holds all ranks: {R} exceed the tile's {tile.block_r}"
     strips = cdiv(N, tile.block_n)
     if chunk_rows is None:

@@ -44,6 +44,7 @@ __all__ = [
     "descriptor_product",
     "drop",
     "fastest",
+    "gemm_tiles",
     "has_aligned_rows",
     "low_rank_descriptor_product",
     "low_rank_product",
@@ -87,12 +88,21 @@ _FP32_TILES = [
 @lru_cache(1024)
 def choose_gemm_tile(rows: int, cols: int, rank: int, dtype: torch.dtype, access: Access, sms: int) -> Tile:
     """The tile expected fastest for an output [rows, cols]; block_n is along its columns."""
-    tile = fastest(_FP32_TILES if dtype == torch.float32 else TILES[access], rows, cols, sms)
-    if rank % 8 and not tile.use_tma and tile.block_m * tile.block_n >= 128 * 128:
-        tile = replace(tile, num_warps=8)  # u and f are then read element by element, which takes registers
-    # Loads of single elements, or mma.sync's accumulators, leave registers for narrow blocks of u and f.
-    wide = tile.use_tma and rank > 16 and rank % 16 == 0
-    return replace(tile, block_r=32 if wide else 16)
+    return fastest(gemm_tiles(rank, dtype, access), rows, cols, sms)
+
+
+@lru_cache(256)
+def gemm_tiles(rank: int, dtype: torch.dtype, access: Access) -> list[tuple[Tile, float]]:
+    """The tiles for such operands, with their shares of the full rate."""
+
+    def fitted(tile: Tile) -> Tile:
+        if rank % 8 and not tile.use_tma and tile.block_m * tile.block_n >= 128 * 128:
+            tile = replace(tile, num_warps=8)  # u and f are then read element by element, which takes registers
+        # Loads of single elements, or mma.sync's accumulators, leave registers for narrow blocks of u and f.
+        wide = tile.use_tma and rank > 16 and rank % 16 == 0
+        return replace(tile, block_r=32 if wide else 16)
+
+    return [(fitted(tile), share) for tile, share in (_FP32_TILES if dtype == torch.float32 else TILES[access])]
 
 
 def fastest(tiles: Iterable[tuple[Tile, float]], rows: int, cols: int, sms: int) -> Tile:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -21,14 +21,16 @@ from .gemm import (
     descriptor,
     descriptor_product,
     drop,
+    gemm_tiles,
     low_rank_product,
     pointer_product,
     rank_multiple,
 )
 from .launch import Launch, Tile, arch_of, cdiv, sm_count
+from .measured import Tuned, tuned_tile
 from .tile import cast, dot, grouped_order
 
-__all__ = ["choose_tile", "grad_input"]
+__all__ = ["choose_tile", "grad_input", "tiles"]
 
 
 @triton.jit
@@ -117,8 +119,17 @@ def _grad_input_tma_kernel(
 @lru_cache(1024)
 def choose_tile(M: int, N: int, K: int, R: int, dtype: torch.dtype, access: Access, sms: int) -> Tile:
     """Block sizes for dx [M, K] on a GPU with `sms` multiprocessors."""
-    tile = choose_gemm_tile(M, K, R, dtype, access, sms)
+    return _turned(choose_gemm_tile(M, K, R, dtype, access, sms))
+
+
+def _turned(tile: Tile) -> Tile:
+    """A tile of the products' own, whose block_n is along the columns of its output, here K."""
     return replace(tile, block_n=tile.block_k, block_k=tile.block_n)
+
+
+def tiles(R: int, dtype: torch.dtype, access: Access) -> list[Tuned]:
+    """All that `choose_tile` may return for such operands."""
+    return [Tuned(_turned(tile)) for tile, _ in gemm_tiles(R, dtype, access)]
 
 
 def grad_input(
@@ -150,7 +161,10 @@ def grad_input(
     if dx.numel() == 0:
         return dx
     if tile is None:
-        tile = choose_tile(M, N, K, R, dy.dtype, access_of(dy, w, dx, arch=arch_of(dy)), sm_count(dy))
+        access = access_of(dy, w, dx, arch=arch_of(dy))
+        variant = access if mask is None else f"{access}, masked"
+        tuned = tuned_tile("grad_input", dy, arch_of(dy), (N, K, R), variant, partial(tiles, R, dy.dtype, access))
+        tile = tuned.tile if tuned else choose_tile(M, N, K, R, dy.dtype, access, sm_count(dy))
         if ds is None or add is not None:
             # Left to decide, the assembler spills a few bytes of these in order to fit one more small program.
             tile = replace(tile, max_registers=255)
@@ -163,15 +177,15 @@ def grad_input(
     args = {"ds_ptr": ds, **row_arguments(factors), "mask_ptr": mask, "keep_scale": keep_scale(dropout_p)}
     args |= {"M": M, "N": N, "K": K, "R": R, "RANK_MULTIPLE": rank_multiple(R, R), **blocks_of(tile)}
     args["ADDS"] = add is not None
-    tiles = cdiv(M, tile.block_m) * cdiv(K, tile.block_k)
+    programs = cdiv(M, tile.block_m) * cdiv(K, tile.block_k)
     if tile.use_tma:
-        kernel, grid = _grad_input_tma_kernel, min(tiles, sm_count(dy))
+        kernel, grid = _grad_input_tma_kernel, min(programs, sm_count(dy))
         args["dy_desc"] = descriptor(dy, tile.block_m, tile.block_n)
         args["w_desc"] = descriptor(w, tile.block_n, tile.block_k)
         args["dx_desc"] = descriptor(dx, tile.block_m, tile.block_k)
         args["W_ALONG_N"] = w.stride(1) != 1
     else:
-        kernel, grid = _grad_input_kernel, tiles
+        kernel, grid = _grad_input_kernel, programs
         args |= {"dy_ptr": dy, "stride_dym": dy.stride(0), "stride_dyn": dy.stride(1)}
         args |= {"w_ptr": w, "stride_wn": w.stride(0), "stride_wk": w.stride(1), "dx_ptr": dx}
     Launch(kernel, (grid,), args, tile, (dy, w, ds, *factors, mask, add), (dx,), 2 * M * K * (N + R)).run()

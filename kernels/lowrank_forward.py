@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .gemm import (
     choose_gemm_tile,
     descriptor,
     descriptor_product,
+    gemm_tiles,
     has_aligned_rows,
     low_rank_descriptor_product,
     low_rank_product,
@@ -25,9 +26,10 @@ from .gemm import (
     rank_multiple,
 )
 from .launch import Launch, Tile, arch_of, cdiv, sm_count, with_adjacent_ranks
+from .measured import Tuned, tuned_tile
 from .tile import cast, grouped_order
 
-__all__ = ["choose_tile", "lowrank_forward"]
+__all__ = ["choose_tile", "lowrank_forward", "tiles"]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -96,10 +98,19 @@ def choose_tile(
     Through descriptors v and B are read in one step up to rank 128: into the shared memory of the main loop, and each
     further step would wait for memory once more.
     """
-    tile = choose_gemm_tile(M, N, R, dtype, access, sms)
+    return _for_thin(choose_gemm_tile(M, N, R, dtype, access, sms), R, thin_descriptors)
+
+
+def _for_thin(tile: Tile, R: int, thin_descriptors: bool) -> Tile:
+    """The tile with the block of ranks in which v and B are read."""
     if tile.use_tma and thin_descriptors:
         return replace(tile, block_r=16 if R <= 16 else 64 if R <= 64 else 128)
     return tile
+
+
+def tiles(R: int, dtype: torch.dtype, access: Access, thin_descriptors: bool = False) -> list[Tuned]:
+    """All that `choose_tile` may return for such operands."""
+    return [Tuned(_for_thin(tile, R, thin_descriptors)) for tile, _ in gemm_tiles(R, dtype, access)]
 
 
 def _thin_operands(v: Tensor, b: Tensor, tile: Tile, by_descriptor: bool) -> dict[str, Any]:
@@ -131,19 +142,22 @@ def lowrank_forward(
     thin_descriptors = v.dtype == b.dtype and has_aligned_rows(v, 16) and has_aligned_rows(b, 16)
     if tile is None:
         access = access_of(x, w, y, arch=arch_of(x))
-        tile = choose_tile(M, N, K, R, x.dtype, access, sm_count(x), thin_descriptors)
+        variant = f"{access}, v and B too" if thin_descriptors else access
+        among = partial(tiles, R, x.dtype, access, thin_descriptors)
+        tuned = tuned_tile("lowrank_forward", x, arch_of(x), (N, K, R), variant, among)
+        tile = tuned.tile if tuned else choose_tile(M, N, K, R, x.dtype, access, sm_count(x), thin_descriptors)
     args = {"bias_ptr": None if bias is None else bias.contiguous(), **blocks_of(tile)}
     args |= {"M": M, "N": N, "K": K, "R": R, "stride_vm": v.stride(0), "RANK_MULTIPLE": rank_multiple(R, v.stride(0))}
-    tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
+    programs = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     if tile.use_tma:
-        kernel, grid = _lowrank_forward_tma_kernel, min(tiles, sm_count(x))
+        kernel, grid = _lowrank_forward_tma_kernel, min(programs, sm_count(x))
         args["x_desc"] = descriptor(x, tile.block_m, tile.block_k)
         args["w_desc"] = descriptor(w, tile.block_n, tile.block_k)
         args["y_desc"] = descriptor(y, tile.block_m, tile.block_n)
         args["W_ALONG_K"] = w.stride(1) == 1
         args |= _thin_operands(v, b, tile, thin_descriptors)
     else:
-        kernel, grid = _lowrank_forward_kernel, tiles
+        kernel, grid = _lowrank_forward_kernel, programs
         args |= {"x_ptr": x, "stride_xm": x.stride(0), "stride_xk": x.stride(1)}
         args |= {"w_ptr": w, "stride_wn": w.stride(0), "stride_wk": w.stride(1), "y_ptr": y}
         args |= {"v_ptr": v, "b_ptr": b}

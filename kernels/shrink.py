@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import triton
@@ -14,9 +15,11 @@ from torch import Tensor
 from .dropout import draw_bits, keep_scale, lane_threshold, spread_bits
 from .factor_rows import as_rows, row_arguments, row_pointers
 from .launch import Launch, Tile, arch_of, cdiv, shared_bytes, sm_count, zeroed_counters
+from .measured import Tuned, tuned_tile
+from .tables import bucket
 from .tile import cast, dot, is_last_to_arrive
 
-__all__ = ["block_of_rank", "choose_split", "choose_tile", "launch_shrink", "shrink"]
+__all__ = ["block_of_rank", "choose_split", "choose_tile", "launch_shrink", "shrink", "tiles"]
 
 
 @triton.jit
@@ -190,11 +193,25 @@ def choose_tile(
     block of rows, its elements of `factor_bytes`, and the parts of s are written and read. `short` asks for small
     blocks, where rows are not aligned and a mask is applied: elements are then read one by one into registers.
     """
+
+    def cost(choice: Tuned) -> tuple[int, int]:
+        blocks = cdiv(M, choice.tile.block_m)
+        parts = 8 * choice.split * M * R if choice.split > 1 else 0
+        programs = blocks * cdiv(R, choice.tile.block_r) * choice.split
+        return _idle(programs, sms), blocks * R * K * factor_bytes + parts
+
+    return min(tiles(M, K, R, dtype, arch, sms, factor_bytes=factor_bytes, short=short), key=cost)
+
+
+def tiles(
+    M: int, K: int, R: int, dtype: torch.dtype, arch: int, sms: int, *, factor_bytes: int = 4, short: bool = False
+) -> list[Tuned]:
+    """What `choose_tile` chooses among: a block of every height, with as many programs as should share it."""
     block_r = block_of_rank(R, dtype)
-    tiles = [_tile_of(rows, K, block_r, dtype, arch, factor_bytes) for rows in _heights(K, R, dtype, arch)]
+    found = [_tile_of(rows, K, block_r, dtype, arch, factor_bytes) for rows in _heights(K, R, dtype, arch)]
     if short:
         rows = 32 if block_r < 64 else 16
-        tiles = [replace(t, block_m=min(t.block_m, rows), block_k=min(t.block_k, 64)) for t in tiles]
+        found = [replace(t, block_m=min(t.block_m, rows), block_k=min(t.block_k, 64)) for t in found]
 
     def split_of(tile: Tile) -> int:
         # Parts of 128 ranks fill the registers: those of few rows do if they are read one by one, or by few warps.
@@ -205,15 +222,17 @@ def choose_tile(
             tallest = 32
         return choose_split(M, K, R, tile, sms) if tile.block_m <= tallest else 1
 
-    def cost(choice: tuple[Tile, int]) -> tuple[int, int]:
-        tile, split = choice
-        blocks = cdiv(M, tile.block_m)
-        parts = 8 * split * M * R if split > 1 else 0
-        return _idle(blocks * cdiv(R, block_r) * split, sms), blocks * R * K * factor_bytes + parts
+    splits = [split_of(tile) for tile in found]
+    # Left to decide, the assembler spills a few bytes in order to fit more programs than there are; that of sm_120 does
+    # so for one block without being asked to share it.
+    return [
+        Tuned(replace(tile, max_registers=255) if split > 1 or _is_tight(tile, arch) else tile, split)
+        for tile, split in zip(found, splits, strict=True)
+    ]
 
-    tile, split = min(((tile, split_of(tile)) for tile in tiles), key=cost)
-    # Left to decide, the assembler spills a few bytes in order to fit more programs than there are.
-    return (tile if split == 1 else replace(tile, max_registers=255)), split
+
+def _is_tight(tile: Tile, arch: int) -> bool:
+    return arch == 120 and (tile.block_m, tile.block_k) == (32, 64)
 
 
 def _heights(K: int, R: int, dtype: torch.dtype, arch: int) -> list[int]:
@@ -278,7 +297,18 @@ def shrink(
     (M, K), R = x.shape, sum(factor.shape[0] for factor in factors)
     if tile is None:
         short, width = bool(dropout_p) and K % 16 != 0 and x.element_size() == 2, factors[0].element_size()
-        tile, split = choose_tile(M, K, R, x.dtype, arch_of(x), sm_count(x), factor_bytes=width, short=short)
+        operands: dict[str, Any] = {"factor_bytes": width, "short": short}
+        arch, sms = arch_of(x), sm_count(x)
+        variant = f"{'masked, ' if dropout_p else ''}{width} bytes a factor"
+        tuned = tuned_tile(
+            "shrink",
+            x,
+            arch,
+            (0, K, R),
+            variant,
+            partial(tiles, bucket(max(M, 1)), K, R, x.dtype, arch, sms, **operands),
+        )
+        tile, split = tuned or choose_tile(M, K, R, x.dtype, arch, sms, **operands)
     RV = R
     if core is not None:
         RV = {"diag": R, "dense": core.shape[0], "gate": R * core.shape[-1]}[core_kind]

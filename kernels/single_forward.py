@@ -7,7 +7,7 @@ are few, or where a launch costs more than the work.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor
 from .dropout import draw_bits, keep_scale, lane_threshold, spread_bits
 from .gemm import Access, access_of, blocks_of, descriptor, fastest
 from .launch import Launch, Tile, arch_of, cdiv, sm_count
+from .measured import Tuned, tuned_tile
 from .tile import cast, dot, grouped_order
 
-__all__ = ["TILES", "choose_tile", "max_rank", "single_forward"]
+__all__ = ["TILES", "choose_tile", "max_rank", "single_forward", "tiles"]
 
 # Tiles whose block_r is the largest that compiles without spills, with and without dropout, each with the share of the
 # first one's rate it may reach: priors, not measurements.
@@ -179,16 +180,27 @@ def max_rank(dtype: torch.dtype, adapter: torch.dtype) -> int:
 @lru_cache(1024)
 def choose_tile(M: int, N: int, R: int, dtype: torch.dtype, access: Access, arch: int, sms: int) -> Tile:
     """Block sizes for y [M, N]: tiles as for `lowrank_forward`, fewer and smaller where s needs room beside them."""
+    return fastest(_fitting(R, dtype, access, arch), M, N, sms)
+
+
+@lru_cache(256)
+def _fitting(R: int, dtype: torch.dtype, access: Access, arch: int) -> list[tuple[Tile, float]]:
+    """The tiles that have room for s, with their shares of the full rate."""
     block_r = max(16, triton.next_power_of_2(R))
-    tiles = TILES[access]
+    found = TILES[access]
     if dtype == torch.float32:
-        tiles = _FP32_TILES[access == "elements" :]  # the large one has no registers for single elements
-    fitting = [(tile, share) for tile, share in tiles if block_r <= tile.block_r]
+        found = _FP32_TILES[access == "elements" :]  # the large one has no registers for single elements
+    fitting = [(tile, share) for tile, share in found if block_r <= tile.block_r]
     if access == "descriptors" and arch != 90:
         # Two accumulators of this tile do not fit into the tensor memory of sm_100.
         fitting = [(tile, share) for tile, share in fitting if tile.block_n < 256]
     # Left to decide, the assembler spills a few bytes in order to fit one more program.
-    return replace(fastest(fitting, M, N, sms), block_r=block_r, max_registers=255)
+    return [(replace(tile, block_r=block_r, max_registers=255), share) for tile, share in fitting]
+
+
+def tiles(R: int, dtype: torch.dtype, access: Access, arch: int) -> list[Tuned]:
+    """All that `choose_tile` may return for such operands."""
+    return [Tuned(tile) for tile, _ in _fitting(R, dtype, access, arch)]
 
 
 def single_forward(
@@ -223,7 +235,10 @@ def single_forward(
     drawn = mask if dropout_p and bits is None else None
     if tile is None:
         access = access_of(x, w, y, arch=arch_of(x))
-        tile = choose_tile(M, N, R, x.dtype, access, arch_of(x), sm_count(x))
+        variant = f"{access}, masked" if dropout_p else access
+        among = partial(tiles, R, x.dtype, access, arch_of(x))
+        tuned = tuned_tile("single_forward", x, arch_of(x), (N, K, R), variant, among)
+        tile = tuned.tile if tuned else choose_tile(M, N, R, x.dtype, access, arch_of(x), sm_count(x))
     assert tile.block_r >= R, f"one launch holds all ranks: {R} exceed the tile's {tile.block_r}"
     a, b = a.contiguous(), b.contiguous()
     args: dict[str, Any] = {
@@ -236,15 +251,15 @@ def single_forward(
     args |= {"seed_ptr": None if drawn is None else seed, "s_ptr": s if keep_s else None, "mask_ptr": drawn}
     args |= {"M": M, "N": N, "K": K, "R": R, "scale": float(scale), "keep_scale": keep_scale(dropout_p)}
     args["threshold"] = lane_threshold(dropout_p)
-    tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
+    programs = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     if tile.use_tma:
-        kernel, grid = _single_forward_tma_kernel, min(tiles, sm_count(x))
+        kernel, grid = _single_forward_tma_kernel, min(programs, sm_count(x))
         args["x_desc"] = descriptor(x, tile.block_m, tile.block_k)
         args["w_desc"] = descriptor(w, tile.block_n, tile.block_k)
         args["y_desc"] = descriptor(y, tile.block_m, tile.block_n)
         args["W_ALONG_K"] = w.stride(1) == 1
     else:
-        kernel, grid = _single_forward_kernel, tiles
+        kernel, grid = _single_forward_kernel, programs
         args |= {"x_ptr": x, "stride_xm": x.stride(0), "stride_xk": x.stride(1)}
         args |= {"w_ptr": w, "stride_wn": w.stride(0), "stride_wk": w.stride(1), "y_ptr": y}
     reads, writes = (x, w, a, b, core, bias, args["bits_ptr"]), (y, args["s_ptr"], drawn)

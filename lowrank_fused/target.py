@@ -19,10 +19,14 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 @dataclass(frozen=True)
 class Target:
-    """`arch` is the compute capability (80, 90, …; 0 for a CPU); `has_triton` whether kernels can run there."""
+    """`arch` is the compute capability (80, 90, …; 0 for a CPU), `gpu` the name, for which tables are measured.
+
+    `has_triton` says whether kernels can run there.
+    """
 
     arch: int
     has_triton: bool
+    gpu: str = ""
 
 
 CPU = Target(arch=0, has_triton=False)
@@ -42,7 +46,7 @@ def _cuda_target(index: int) -> Target:
         major, minor = torch.cuda.get_device_capability(index)
         # Tensor-core products of 16-bit operands, which every kernel here is built on, start with Ampere.
         usable = major >= 8 and HAS_TRITON and torch.version.hip is None
-        known = _targets[index] = Target(arch=10 * major + minor, has_triton=usable)
+        known = _targets[index] = Target(10 * major + minor, usable, torch.cuda.get_device_name(index))
     return known
 
 

@@ -25,17 +25,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(target, "_targets", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
     yield questions
 
 
 def test_a_gpu_is_asked_once(asked: list[int]) -> None:
-    assert target_of(DEVICE) == target_of(DEVICE) == Target(90, has_triton=target.HAS_TRITON)
+    assert target_of(DEVICE) == target_of(DEVICE) == Target(90, target.HAS_TRITON, "NVIDIA H100 80GB HBM3")
     assert asked == [0]
 
 
 def test_old_gpus_run_no_kernels(asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    assert target_of(DEVICE) == Target(75, has_triton=False)
+    assert not target_of(DEVICE).has_triton
 
 
 def test_the_cpu_is_no_target() -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..routes import GROUP_ROUTES, ROUTES, choose
+from ..routes import GROUP_ROUTES, ROUTES, by_model
 from ..target import Target
 from ..tools.model_shapes import LinearShape
 from . import alternatives
@@ -91,7 +91,7 @@ def _auto(members: Members, setting: Setting) -> Candidates:
     among = ROUTES if len(members) == 1 else GROUP_ROUTES
     sizes = (setting.tokens, n, members[0].in_features, r, torch.bfloat16, setting.dropout > 0)
     target = Target(setting.arch, has_triton=True)
-    forward, backward = (choose(d, *sizes, target, among, len(members)) for d in ("forward", "backward"))
+    forward, backward = (by_model(d, *sizes, target, among, len(members)) for d in ("forward", "backward"))
     steps = {route: recorded_group(route, members, setting) for route in {forward, backward}}
     return Candidates([steps[forward].forward], [steps[backward].backward])
 

@@ -9,9 +9,10 @@
 | `split`     | thin kernels and Triton GEMMs that carry the low-rank term in the accumulator |
 | `single`    | `split` with a forward pass of one launch, s being made beside y              |
 
-Nothing is tuned at run time. `choose` compares closed forms of what each route costs: memory traffic, which grows with
-the tokens, and launches, which do not and decide where tokens are few. Between `thin` and `split` one number decides
-for which there is a prior: e, the speed of Triton's GEMM over the library's.
+Nothing is tuned at run time. `choose` takes what was measured (the user's table by `lowrank-fused tune`, then the one
+that ships), else compares closed forms of what each route costs: memory traffic, which grows with the tokens, and
+launches, which do not and decide where tokens are few. Between `thin` and `split` one number decides for which there is
+a prior: e, the speed of Triton's GEMM over the library's.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ __all__ = [
     "MAX_THIN_RANK",
     "ROUTES",
     "SECOND_ACCUMULATOR",
+    "by_model",
     "choose",
     "choose_for_group",
     "implementation",
+    "priors",
     "unavailable",
 ]
 
@@ -79,9 +82,36 @@ def choose(
     dropout: bool,
     target: Target,
     among: Sequence[str] = ROUTES,
+    members: Sequence[tuple[int, int]] = (),
+) -> str:
+    """The route of these that was measured fastest for x [m, k], W [n, k], rank r, or else is expected to be.
+
+    For linears that share x, n and r are sums over their (N, R), which are `members`.
+    """
+    if target.has_triton and dtype in _KERNEL_DTYPES and m != 0:
+        from lowrank_fused.kernels.measured import measured_route
+
+        all_n = tuple(each for each, _ in members) if members else n
+        all_r = tuple(each for _, each in members) if members else r
+        measured = measured_route(direction, m, all_n, k, all_r, dtype, dropout, target.arch, target.gpu)
+        if measured is not None and measured in among:
+            return measured
+    return by_model(direction, m, n, k, r, dtype, dropout, target, among, len(members) or 1)
+
+
+def by_model(
+    direction: str,
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    dropout: bool,
+    target: Target,
+    among: Sequence[str] = ROUTES,
     layers: int = 1,
 ) -> str:
-    """The route of these expected fastest for x [m, k], W [n, k], rank r; sums over `layers` of them that share x.
+    """The route of these expected fastest, whatever was measured; sums over `layers` of them that share x.
 
     Costs are times, in units of what one token's part of the frozen GEMM takes where arithmetic bounds it. Reading W
     takes ρ of them, ρ being the balance of the GPU in FLOP per byte; launches take the same for any m.
@@ -160,8 +190,18 @@ def choose_for_group(
             raise UnsupportedError(f"route {route!r} cannot run: {reason}")
         return route, route
     sizes = (m, sum(n for n, _ in shapes), k, sum(r for _, r in shapes), dtype, dropout, target_of(device))
-    among, layers = GROUP_ROUTES, len(shapes)
-    return choose("forward", *sizes, among, layers), choose("backward", *sizes, among, layers)
+    forward = choose("forward", *sizes, among=GROUP_ROUTES, members=shapes)
+    return forward, choose("backward", *sizes, among=GROUP_ROUTES, members=shapes)
+
+
+def priors(arch: int) -> dict[str, float]:
+    """What the model assumes of a GPU: FLOP that take as long as a byte, its rate, e, and the price of a launch."""
+    return {
+        "flop_per_byte": _nearest(_BALANCE, arch),
+        "tflops": _nearest(_PEAK, arch) / 1e12,
+        "e": _nearest(_GEMM_EFFICIENCY, arch),
+        "launch_us": 1e6 * _LAUNCH,
+    }
 
 
 def _nearest(table: Mapping[int, float], arch: int) -> float:

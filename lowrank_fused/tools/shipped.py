@@ -15,6 +15,7 @@ from lowrank_fused.kernels.gather import Permutation, gather, scatter_add, segme
 from lowrank_fused.kernels.grad_input import grad_input
 from lowrank_fused.kernels.launch import Launch, arch_of, record, targeting
 from lowrank_fused.kernels.lowrank_forward import lowrank_forward
+from lowrank_fused.kernels.measured import Tuned, probing
 from lowrank_fused.kernels.shrink import shrink
 from lowrank_fused.kernels.single_forward import single_forward
 from lowrank_fused.kernels.stacked import Stack, repeat_blocks, sum_blocks
@@ -23,9 +24,9 @@ from lowrank_fused.kernels.x_factors import x_factors
 
 from ..routes.fused import SPLIT, THIN
 from ..routes.problem import Options, Route
-from .variants import binary_of
+from .variants import binary_of, is_masked
 
-__all__ = ["CallCase", "launches_of", "shipped_launches"]
+__all__ = ["CallCase", "launches_of", "shipped_cases", "shipped_launches"]
 
 
 @dataclass(frozen=True)
@@ -196,19 +197,13 @@ class _SingleCase:
             )  # fmt: skip
 
 
+_SINGLE_SHAPES = [(8, 1024), (24, 14336), (350, 1024), (400, 256), (400, 4096)]
+_SINGLE_SHAPES += [(1000, 1024), (2000, 1024), (4000, 1024), (8192, 4096)]
+
+
 def _single_cases() -> Iterator[_SingleCase]:
     """Every tile, with every block of ranks that it holds; every other variant at some tile."""
-    for m, n in (
-        (8, 1024),
-        (24, 14336),
-        (350, 1024),
-        (400, 256),
-        (400, 4096),
-        (1000, 1024),
-        (2000, 1024),
-        (4000, 1024),
-        (8192, 4096),
-    ):
+    for m, n in _SINGLE_SHAPES:
         for r in (16, 32, 64):
             yield _SingleCase(m, n, r=r)
             yield _SingleCase(m, n, r=r, p=0.1)
@@ -260,7 +255,9 @@ def _few_tokens_cases() -> Iterator[_FewTokensCase]:
             yield _FewTokensCase(r=r, core=core)
         yield _FewTokensCase(k=4100, r=r, p=0.1)
         yield _FewTokensCase(8192, k=4100, r=r, p=0.1)
-        yield _FewTokensCase(r=r, p=0.1, adapter=torch.float32)
+        for m in (8, 1000, 8192):
+            yield _FewTokensCase(m, r=r, p=0.1, adapter=torch.float32)
+        yield _FewTokensCase(8, r=r, adapter=torch.float32)
         yield _FewTokensCase(r=r, p=0.1, dtype=torch.float32, adapter=torch.float32, core="diag")
     yield _FewTokensCase(p=0.1, dtype=torch.float16, adapter=torch.float16)
     for r in (8, 17, 200):
@@ -361,7 +358,50 @@ def _stack_cases() -> Iterator[_StackCase]:
         yield _StackCase(dtype, rank=1, size=4099)
 
 
-AnyCase = CallCase | _GroupCase | _SingleCase | _FewTokensCase | _GatherCase | _WeightFactorCase | _StackCase
+_Tunable = CallCase | _GroupCase | _SingleCase | _FewTokensCase
+
+
+@dataclass(frozen=True)
+class _TunedCase:
+    """A case in which one kernel has a tile that only a tuned table gives it."""
+
+    case: _Tunable
+    arch: int
+    kernel: str
+    tuned: Tuned
+
+    def launch(self) -> None:
+        """As the case, with that tile."""
+        with probing(self.arch, "", {self.kernel: self.tuned.fields()}):
+            self.case.launch()
+
+
+def _tuned_cases(arch: int) -> Iterator[_TunedCase]:
+    """Every tile that a table may name, with and without a mask, where no other case reaches it."""
+    reached: set[tuple[Any, ...]] = set()
+    wanted: dict[tuple[Any, ...], _TunedCase] = {}
+    cases: tuple[_Tunable, ...] = (*_cases(), *_group_cases(), *_single_cases(), *_few_tokens_cases())
+    for case in cases:
+        with targeting(arch), record() as log, probing(arch, "") as probe:
+            case.launch()
+        reached |= {(launch.name.removesuffix("_tma"), is_masked(launch), launch.tile) for launch in log}
+        for key, candidates in probe.seen.items():
+            kernel, variant = str(key[0]), str(key[-1])
+            for tuned in candidates:
+                found = _TunedCase(case, arch, kernel, tuned)
+                wanted.setdefault((kernel, "masked" in variant, tuned.tile), found)
+    yield from (case for key, case in wanted.items() if key not in reached)
+
+
+AnyCase = _Tunable | _TunedCase | _GatherCase | _WeightFactorCase | _StackCase
+
+
+def shipped_cases(arch: int) -> Iterator[AnyCase]:
+    """Calls that reach every binary on `arch`, in a fixed order."""
+    calls = (_cases, _group_cases, _single_cases, _few_tokens_cases, _gather_cases, _weight_factor_cases, _stack_cases)
+    for cases in calls:
+        yield from cases()
+    yield from _tuned_cases(arch)
 
 
 def launches_of(arch: int, cases: Iterable[AnyCase]) -> list[Launch]:
@@ -376,16 +416,5 @@ def launches_of(arch: int, cases: Iterable[AnyCase]) -> list[Launch]:
 
 
 def shipped_launches(arch: int) -> list[Launch]:
-    """One launch for every binary that the kernel routes can ask for on `arch`, in a fixed order."""
-    return launches_of(
-        arch,
-        (
-            *_cases(),
-            *_group_cases(),
-            *_single_cases(),
-            *_few_tokens_cases(),
-            *_gather_cases(),
-            *_weight_factor_cases(),
-            *_stack_cases(),
-        ),
-    )
+    """One launch for every binary that the kernel routes can ask for on `arch`, by model or table, in a fixed order."""
+    return launches_of(arch, shipped_cases(arch))
