@@ -19,7 +19,7 @@ from lowrank_fused.routes import ROUTES
 from lowrank_fused.tools import doctor
 from lowrank_fused.tools.model_shapes import MODELS
 
-COMMANDS = ("doctor", "methods", "bench", "report", "demo")
+COMMANDS = ("doctor", "methods", "bench", "tune", "report", "demo")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 
 

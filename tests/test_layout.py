@@ -31,7 +31,18 @@ GROUPS = {
     "factors": {"factors"},
     "methods": {"methods"},
     "peft": {"peft"},
-    "tools": {"__main__", "benchmark", "cli", "demo", "report", "reproduce", "roofline", "testing", "tools"},
+    "tools": {
+        "__main__",
+        "benchmark",
+        "cli",
+        "demo",
+        "report",
+        "reproduce",
+        "roofline",
+        "testing",
+        "tools",
+        "tuning",
+    },
 }
 ARROWS = {
     "ground": {"ground"},

@@ -16,6 +16,7 @@ from .methods import methods_command
 from .report import report
 from .reproduce import reproduce_command
 from .roofline import roofline
+from .tune import tune
 
 __all__ = ["app", "main"]
 
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "bench": bench,
     "inspect": inspect,
     "roofline": roofline,
+    "tune": tune,
     "report": report,
     "demo": demo,
     "reproduce": reproduce_command,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..config import ALL_LINEAR, AdapterConfig
 from ..registry import did_you_mean
 from ..target_modules import find_targets
 
-__all__ = ["MODELS", "LinearShape", "ModelSpec", "build", "linear_shapes", "target_modules"]
+__all__ = ["MODELS", "LinearShape", "ModelSpec", "build", "build_from_config", "linear_shapes", "target_modules"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,23 @@ def build(name: str, device: torch.device | str = "meta", **settings: Any) -> nn
     config = getattr(transformers, spec.config)(**{**spec.settings, **settings})
     with torch.device(device):
         return getattr(transformers, spec.model)(config, **spec.build)
+
+
+def build_from_config(path: Path, device: torch.device | str = "meta") -> nn.Module:
+    """The model that a transformers config describes: a config.json, or the folder that it lies in.
+
+    Its class is the first of the config's `architectures`, or the bare model of its type. Nothing is downloaded.
+    Raises ValueError where there is no config that transformers knows.
+    """
+    transformers = importlib.import_module("transformers")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} is neither a known model nor the config of one: {reason}") from error
+    model = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    with torch.device(device):
+        return transformers.AutoModel.from_config(config) if model is None else model(config)
 
 
 # Names of the projections of queries and values; transformers has renamed some models' between versions.
