@@ -1,8 +1,9 @@
 """Everything that a GPU is needed for, in one command: `python -m bench.gpu_check` (or `make gpu-check`).
 
 Stages run in order of priority, each in a process of its own; every finished case is written to
-bench/results/<gpu>/gpu_check.json at once, and a later run goes on where an earlier one stopped. In the end a report
-is written beside it, and README's table of what was measured.
+bench/results/<gpu>/gpu_check.json at once, and a later run goes on where an earlier one stopped. What the stage `tune`
+finds is in tuned.json beside it, which all stages read. In the end a report is written there too, and README's table
+of what was measured.
 
 Exit status: 0 all done and well, 1 a case failed, 3 no CUDA device here, 4 time ran out (run it again).
 """
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from bench import readme
 from bench.gpu_stages import Setting, stages
 from bench.stages import ROOT, Stage, Store, run_stage
 from lowrank_fused.benchmark.record import commit
+from lowrank_fused.kernels.tables import VARIABLE
 from lowrank_fused.report import load, write_report
 from lowrank_fused.tools.doctor import environment
 
@@ -161,6 +164,7 @@ def check_device(device: torch.device, setting: Setting, given: argparse.Namespa
     """All stages on a device that is there."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     store = Store(given.out / folder_name(gpu) / "gpu_check.json", fresh=given.fresh)
+    setting = replace(setting, tuned=store.path.with_name("tuned.json"))
     plan = stages(setting)
     chosen = [stage for stage in plan if given.stage in (None, stage.name)]
     if not chosen:
@@ -170,7 +174,10 @@ def check_device(device: torch.device, setting: Setting, given: argparse.Namespa
         )
         return 2
     if given.until:  # a child of another gpu_check
+        os.environ.setdefault(VARIABLE, str(setting.tuned))
         return run_here(chosen[0], store, given.until, device, watchdog=True)
+    if given.fresh:
+        setting.tuned.unlink(missing_ok=True)
     machine(store, arguments)
     end = time.time() + 60 * given.minutes
     for stage in chosen:

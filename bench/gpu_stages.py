@@ -1,4 +1,4 @@
-"""What a GPU is asked, in order of priority: correctness, kernels, blocks, layers, models, memory, CUDA graphs."""
+"""What a GPU is asked, in order of priority: correctness, kernels, tuning, blocks, layers, models, memory, graphs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ from lowrank_fused.benchmark import (
 from lowrank_fused.benchmark.block import GROUPED, BlockCase, block_names, block_providers, check_block
 from lowrank_fused.benchmark.graph import captured
 from lowrank_fused.benchmark.published import PUBLISHED, why_not
+from lowrank_fused.kernels.measured import forget
+from lowrank_fused.routes import GROUP_ROUTES
+from lowrank_fused.target import target_of
+from lowrank_fused.tuning import GroupCase, Measuring, provenance, tune
+from lowrank_fused.tuning import Store as TableStore
 
 __all__ = ["Setting", "stages"]
 
@@ -92,6 +98,7 @@ class Setting:
         )
     )
     memory: CausalCase = field(default_factory=lambda: few_layers("llama-3-8b", batch=4, length=2048))
+    tuned: Path = ROOT / "bench" / "results" / "tuned.json"
     budget_s: float = 2.0
     capture: Capture = captured
 
@@ -110,15 +117,16 @@ def stages(setting: Setting) -> list[Stage]:
     """All stages, most important first; together they may take just under 20 minutes."""
     tests = [Case(keyword, partial(run_tests, keyword)) for keyword in KERNEL_TESTS]
     return [
-        Stage("tests", "kernel tests on this device", tests, 220, case_seconds=PYTEST_SECONDS + 20),
-        Stage("correct", "y and gradients at real sizes against float64", list(correctness_cases(setting)), 170),
+        Stage("tests", "kernel tests on this device", tests, 200, case_seconds=PYTEST_SECONDS + 20),
+        Stage("correct", "y and gradients at real sizes against float64", list(correctness_cases(setting)), 160),
         Stage("sanitizer", "a small layer under compute-sanitizer", list(sanitizer_cases(setting)), 90),
-        Stage("kernels", "e, the price of beta = 1, bandwidth of thin kernels", list(kernel_cases(setting)), 160),
-        Stage("block", "the seven linears of a decoder layer", list(block_cases(setting)), 140, case_seconds=120),
-        Stage("layers", "a layer, over sizes, tokens, ranks, dropout", list(layer_cases(setting)), 170, 150),
+        Stage("kernels", "e, the price of beta = 1, bandwidth of thin kernels", list(kernel_cases(setting)), 120),
+        Stage("tune", "routes and tiles against the model's, into a table", list(tune_cases(setting)), 120, 120),
+        Stage("block", "the seven linears of a decoder layer", list(block_cases(setting)), 130, case_seconds=120),
+        Stage("layers", "a layer, over sizes, tokens, ranks, dropout", list(layer_cases(setting)), 140, 140),
         Stage("model", "a training step of a few layers", list(model_cases(setting)), 110),
         Stage("memory", "peak memory and bytes kept of that step", list(memory_cases(setting)), 50),
-        Stage("graph", "CUDA graphs: a new mask per replay, times without launches", list(graph_cases(setting)), 80),
+        Stage("graph", "CUDA graphs: a new mask per replay, times without launches", list(graph_cases(setting)), 70),
     ]
 
 
@@ -170,6 +178,38 @@ def kernel_cases(setting: Setting) -> Iterator[Case]:
         layer = setting.layer(shape, tokens, rank, p, setting.dtypes[0])
         name = f"{dtype_name(layer.dtype)} {layer.label} M{tokens} r{rank} p{p:g}"
         yield Case(name, partial(time_kernels, layer, setting.routes, setting.budget_s))
+
+
+def tune_cases(setting: Setting) -> Iterator[Case]:
+    """The layers of a decoder, and those of them that share x, of the first rank and number of tokens."""
+    tokens, rank, dtype = setting.timed_tokens[0], setting.timed_ranks[0], setting.dtypes[0]
+    hidden, inner, kv = setting.block
+    for p in setting.dropouts:
+        layers: list[LayerCase] = [setting.layer(shape, tokens, rank, p, dtype) for shape in setting.shapes]
+        for members in ((hidden, kv, kv), (inner, inner)):
+            label = f"{hidden}x{'+'.join(map(str, members))}"
+            common = (hidden, sum(members), tokens, rank, p, dtype, setting.device)
+            layers.append(GroupCase(*common, label=label, members=members))
+        for layer in layers:
+            yield Case(titled(layer), partial(tune_layer, layer, setting))
+
+
+def tune_layer(layer: LayerCase, setting: Setting) -> dict[str, Any]:
+    """Before and after, and the table with them; raises where a route or a tile got no number."""
+    contestants = ("addmm", *(route for route in setting.routes if route != "addmm"))
+    if isinstance(layer, GroupCase):
+        contestants = tuple(route for route in contestants if route in GROUP_ROUTES)
+    backward = tuple(route for route in contestants if route != "single")  # which is `split` there
+    table = TableStore(setting.tuned, f"sm_{target_of(layer.device).arch}", provenance(layer.device))
+    measuring = Measuring.on(layer.device, min(setting.budget_s, 0.5))
+    outcomes = list(tune([layer], table, measuring, {"forward": contestants, "backward": backward}))
+    forget()
+    names = ("what", "before", "before_us", "after", "after_us", "gain")
+    told = [{name: getattr(outcome, name) for name in names} for outcome in outcomes]
+    result = {"table": setting.tuned.name, "outcomes": told, "refused": measuring.refused}
+    if measuring.refused:
+        raise PartlyFailed(f"no numbers for {measuring.refused}", result)
+    return result
 
 
 def block_cases(setting: Setting) -> Iterator[Case]:

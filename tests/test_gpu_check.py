@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bench.causal import CausalCase
 from bench.gpu_stages import Setting
 from bench.stages import Case, Stage, Store, run_stage
 from lowrank_fused.benchmark import Step
+from lowrank_fused.kernels.tables import read
 from lowrank_fused.routes import unavailable
 
 CPU = torch.device("cpu")
@@ -151,7 +153,7 @@ def test_important_points_come_first() -> None:
 def test_the_real_plan_is_complete() -> None:
     plan = gpu_stages.stages(Setting())
     assert [stage.name for stage in plan] == [
-        "tests", "correct", "sanitizer", "kernels", "block", "layers", "model", "memory", "graph"
+        "tests", "correct", "sanitizer", "kernels", "tune", "block", "layers", "model", "memory", "graph"
     ]  # fmt: skip
     assert all(stage.seconds < 240 for stage in plan) and sum(stage.seconds for stage in plan) < 20 * 60
     for stage in plan:
@@ -168,7 +170,7 @@ def test_the_real_plan_is_complete() -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """The store after all stages but pytest's own, compilation left out."""
     store = Store(tmp_path_factory.mktemp("finished") / "gpu_check.json")
-    for stage in gpu_stages.stages(TINY)[1:]:
+    for stage in gpu_stages.stages(replace(TINY, tuned=store.path.with_name("tuned.json")))[1:]:
         cases = [case for case in stage.cases if not case.name.startswith("compile")]
         run_stage(Stage(stage.name, stage.what, cases), store, time.time() + 100)
     return store
@@ -185,7 +187,7 @@ def test_a_wrong_route_fails_its_case(store: Store, monkeypatch: pytest.MonkeyPa
 
     good = providers.lowrank_linear
     monkeypatch.setattr(providers, "lowrank_linear", lambda *given, **named: good(*given, **named) * 1.5)
-    for stage in (gpu_stages.stages(TINY)[i] for i in (1, 4, 5)):
+    for stage in (gpu_stages.stages(TINY)[i] for i in (1, 5, 6)):
         first = Stage(stage.name, stage.what, stage.cases[:1])
         run_stage(first, store, time.time() + 60)
         assert set(statuses(store, stage.name).values()) == {"failed"}
@@ -194,9 +196,16 @@ def test_a_wrong_route_fails_its_case(store: Store, monkeypatch: pytest.MonkeyPa
 
 def test_results_of_the_stages(finished: Store) -> None:
     results = {
-        name: [r["result"] for r in finished.cases(name).values()] for name in ("kernels", "layers", "model", "memory")
+        name: [r["result"] for r in finished.cases(name).values()]
+        for name in ("kernels", "tune", "layers", "model", "memory")
     }
     assert results["kernels"][0]["copy_gb_per_s"] > 0
+    assert [o["what"] for o in results["tune"][0]["outcomes"]] == ["forward", "backward"]
+    table = read(finished.path.with_name("tuned.json"))
+    assert len(table.routes) == 2 * len(results["tune"]) and table.measured() == table
+    assert [64, 32, 32] in [row["n"] for row in table.routes] and {o["refused"] == {} for o in results["tune"]} == {
+        True
+    }
     assert set(results["kernels"][1]["library_us"]) == {
         "mm:forward",
         "addmm:forward",
