@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
+from lowrank_fused.kernels.tables import VARIABLE, read, shipped_path, user_path
+
 from .. import __version__
 from ..benchmark import Case, check, providers_for
 from ..benchmark.record import commit
 from ..routes import ROUTES, choose, unavailable
-from ..target import interpreting, target_of
+from ..target import Target, interpreting, target_of
 
-__all__ = ["Diagnosis", "RouteReport", "best_device", "diagnose", "environment"]
+__all__ = ["Diagnosis", "RouteReport", "TableReport", "best_device", "diagnose", "environment"]
 
 REQUIRED = {"torch": (2, 8), "transformers": (4, 56), "safetensors": (0, 4)}
 OPTIONAL = {"triton": (3, 4), "peft": (0, 18)}
@@ -120,6 +122,16 @@ class RouteReport:
 
 
 @dataclass
+class TableReport:
+    """A tuned table that belongs to this device: how many rows were measured or modelled, or why it is not used."""
+
+    path: str
+    measured: int = 0
+    model: int = 0
+    unused: str | None = None
+
+
+@dataclass
 class Diagnosis:
     """All that `doctor` says. `problems` stop the package from working; `notes` are worth knowing."""
 
@@ -127,6 +139,7 @@ class Diagnosis:
     device: str
     routes: list[RouteReport]
     auto: dict[str, str]
+    tables: list[TableReport] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -147,14 +160,46 @@ def diagnose(*, self_check: bool = True) -> Diagnosis:
     facts = environment()
     target = target_of(device)
     shape = (8192, 4096, 4096, 16, torch.bfloat16, False, target)
+    tables, broken = _tables(target)
+    # A broken table stops every call on this GPU.
+    auto = {} if broken else {"forward": choose("forward", *shape), "backward": choose("backward", *shape)}
     return Diagnosis(
         environment=facts,
         device=str(device),
         routes=[_route_report(route, device, dtype, self_check) for route in ROUTES],
-        auto={"forward": choose("forward", *shape), "backward": choose("backward", *shape)},
-        problems=_version_problems(facts, REQUIRED, required=True),
+        auto=auto,
+        tables=tables,
+        problems=[*_version_problems(facts, REQUIRED, required=True), *broken],
         notes=[*_version_problems(facts, OPTIONAL, required=False), *_device_notes(device)],
     )
+
+
+def _tables(target: Target) -> tuple[list[TableReport], list[str]]:
+    """The tuned tables of a GPU, the user's first, and what is wrong with them; none of a CPU, where none is read."""
+    mine = user_path(target.gpu)
+    if not target.has_triton:
+        return [], []
+    if mine is None:
+        return [TableReport(str(shipped_path(target.arch)), unused=f"{VARIABLE}=off")], []
+    reports, broken = [], []
+    for path, own in ((mine, True), (shipped_path(target.arch), False)):
+        report = TableReport(str(path))
+        reports.append(report)
+        if not path.is_file():
+            report.unused = "lowrank-fused tune would write it" if own else "nothing ships for this GPU"
+            continue
+        try:
+            table = read(path)
+        except ValueError as error:
+            report.unused = "it is broken"
+            broken.append(str(error))
+            continue
+        rows = (*table.routes, *table.tiles)
+        report.measured = sum(map(table.is_measured, rows))
+        report.model = len(rows) - report.measured
+        if own and table.gpu != target.gpu:
+            report.unused = f"it is of {table.gpu}"
+    return reports, broken
 
 
 def _route_report(route: str, device: torch.device, dtype: torch.dtype, self_check: bool) -> RouteReport:

@@ -50,10 +50,15 @@ def show_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         check = {None: "not checked", "ok": "as accurate as PyTorch on a small layer"}.get(route.check, route.check)
         routes.add_row(route.name, "yes" if route.available else "no", route.reason or check)
     console.print(routes)
-    console.print(
-        f"route auto, 8192 tokens through 4096 x 4096 in bf16: {diagnosis.auto['forward']} forward, "
-        f"{diagnosis.auto['backward']} backward"
-    )
+    if diagnosis.auto:
+        console.print(
+            f"route auto, 8192 tokens through 4096 x 4096 in bf16: {diagnosis.auto['forward']} forward, "
+            f"{diagnosis.auto['backward']} backward"
+        )
+    for found in diagnosis.tables:
+        rows = f"{found.measured} rows measured, {found.model} of the model, which decide nothing"
+        state = f"not used: {found.unused}" if found.unused else rows
+        console.print(f"tuned table {found.path}: {state}", markup=False, highlight=False, soft_wrap=True)
     for problem in diagnosis.problems:
         console.print(f"problem: {problem}", style="red", markup=False)
     for note in diagnosis.notes:
