@@ -65,7 +65,7 @@ def _kept(
         if seed_ptr is not None:
             bits = draw_bits(seed, rows, offs_byte, row_bytes, threshold)
             if mask_ptr is not None:
-                stored = inside & (offs_byte < tl.where(writes, row_bytes, 0))[None, :]
+                stored = tl.where(writes, inside, False)
                 tl.store(mask_ptr + offs, bits.to(tl.uint8), mask=stored)
         else:
             bits = tl.load(bits_ptr + offs, mask=inside, other=0)
