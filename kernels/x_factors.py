@@ -107,7 +107,7 @@ def _x_factors_kernel(
 
 
 @lru_cache(1024)
-def choose_tile(K: int, R: int, dtype: torch.dtype, wants_dx0: bool, masked: bool, arch: int) -> Tile:
+def choose_tile(K: int, R: int, dtype: torch.dtype, wants_dx0: bool, masked: bool, arch: int, pieces: int = 1) -> Tile:
     """Blocks of x narrow enough that few chunks occupy the GPU: parts of dA cost more than reading ds again."""
     block_r = block_of_rank(R, dtype)
     if dtype == torch.float32:
@@ -120,12 +120,14 @@ def choose_tile(K: int, R: int, dtype: torch.dtype, wants_dx0: bool, masked: boo
     # What both products and a mask hold is then too much for the registers of four warps; of eight it is not, unless
     # the assembler is left to decide: it spills a few bytes in order to fit two programs.
     crowded = block_r == 64 and masked and wants_dx0 and arch >= 120
+    # So is what leads to an A in pieces, and narrower blocks are what then leaves room.
+    narrow = not aligned or (pieces > 1 and wants_dx0)
     return Tile(
         block_m=32 if short else 64,
-        block_k=128 if aligned else 64,
+        block_k=64 if narrow else 128,
         block_r=block_r,
         num_warps=8 if block_r == 128 or crowded else 4,
-        num_stages=4 if short else 3,
+        num_stages=(4 if short else 3) + (aligned and narrow),
         max_registers=255 if crowded else None,
     )
 
@@ -150,7 +152,7 @@ def x_factors(
     factors = as_rows(a)
     R = ds.shape[1]
     if tile is None:
-        tile = choose_tile(x.shape[1], R, x.dtype, want_dx0, mask is not None, arch_of(x))
+        tile = choose_tile(x.shape[1], R, x.dtype, want_dx0, mask is not None, arch_of(x), len(factors))
     # Rank blocks cannot share a sum over the rank: beyond one, dx0 is a launch of its own.
     fused = want_dx0 and tile.block_r >= R
     da = torch.empty((R, x.shape[1]), dtype=factors[0].dtype, device=x.device)

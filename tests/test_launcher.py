@@ -6,7 +6,6 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +28,7 @@ from lowrank_fused.kernels import launcher as module  # noqa: E402
 from lowrank_fused.kernels.gemm import descriptor  # noqa: E402
 from lowrank_fused.kernels.launch import Launch, Tile, record, targeting, zeroed_counters  # noqa: E402
 from lowrank_fused.kernels.launcher import Launcher, launcher_of  # noqa: E402
-from lowrank_fused.tools import shipped  # noqa: E402
+from lowrank_fused.tools.shipped import shipped_cases  # noqa: E402
 
 JITTED: list[JITFunction] = []
 
@@ -123,9 +122,9 @@ def as_jitted(kernel: Any) -> JITFunction:
 @cache
 def every_launch(arch: int) -> list[Launch]:
     """All launches that the shipped list is made from, of kernels that are compiled."""
-    kinds = [cases for name, cases in vars(shipped).items() if name.endswith("_cases")]
+    cases = list(shipped_cases(arch))
     with targeting(arch), record() as log:
-        for case in chain.from_iterable(cases() for cases in kinds):
+        for case in cases:
             case.launch()
     for one in log:
         one.kernel = as_jitted(one.kernel)

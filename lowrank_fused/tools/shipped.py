@@ -156,6 +156,7 @@ def _group_cases() -> Iterator[_GroupCase]:
         yield _GroupCase(m, k + 4, p=0.1, r=42)
     for r in (4, 8, 11, 64):
         yield _GroupCase(r=r, p=0.1)
+        yield _GroupCase(r=r, adapter=torch.float32)
     yield _GroupCase(400, 1028, p=0.1, r=11)
     for r in (8, 32):
         yield _GroupCase(r=r, p=0.1, members=2)
