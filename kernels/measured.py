@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from math import isqrt
-from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -34,12 +32,6 @@ __all__ = [
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Size = int | tuple[int, ...]
-Spans = tuple[tuple[int, int, str], ...]  # from so many tokens on, below so many: this route
-
-
-def _first_of(tokens: int) -> int:
-    """The smallest number of tokens in this bucket."""
-    return isqrt(tokens * tokens // 2) + 1
 
 
 class Tuned(NamedTuple):
@@ -57,17 +49,15 @@ class Lookup:
     """Measured rows of several tables, the first of them first, by what a call knows."""
 
     def __init__(self, tables: Sequence[Table] = ()) -> None:
-        self.routes: dict[Hashable, Spans] = {}
+        self.routes: dict[Hashable, str] = {}
         self.tiles: dict[Hashable, dict[str, Any]] = {}
         self.resolved: dict[Hashable, Tuned | None] = {}
-        routes: dict[Hashable, dict[int, str]] = {}
         for table in map(Table.measured, tables):
             for row in table.routes:
-                key = (row["direction"], _size(row["n"]), row["k"], _size(row["rank"]), row["dtype"], row["dropout"])
-                routes.setdefault(key, {}).setdefault(row["tokens"], row["route"])
+                sizes = (row["tokens"], _size(row["n"]), row["k"], _size(row["rank"]))
+                self.routes.setdefault((row["direction"], *sizes, row["dtype"], row["dropout"]), row["route"])
             for row in table.tiles:
                 self.tiles.setdefault((row["kernel"], row["tokens"], *_tile_key(row)), row["tile"])
-        self.routes = {key: _spans_of(found) for key, found in routes.items()}
 
     def tile(
         self, kernel: str, tokens: int, key: tuple[Hashable, ...], among: Callable[[], Iterable[Tuned]]
@@ -88,17 +78,6 @@ def _size(value: int | list[int]) -> Size:
 
 def _tile_key(row: Row) -> tuple[Hashable, ...]:
     return row["n"], row["k"], row["rank"], row["dtype"], row["variant"]
-
-
-def _spans_of(routes: Mapping[int, str]) -> Spans:
-    """Buckets with their routes as spans; neighbours that agree are one, so that nothing has to tell them apart."""
-    spans: list[tuple[int, int, str]] = []
-    for tokens, route in sorted(routes.items()):
-        first, beyond = _first_of(tokens), _first_of(2 * tokens)
-        if spans and spans[-1][1:] == (first, route):
-            first = spans.pop()[0]
-        spans.append((first, beyond, route))
-    return tuple(spans)
 
 
 _lookups: dict[tuple[int, str], Lookup] = {}
@@ -126,7 +105,7 @@ def tables_for(arch: int, gpu: str) -> list[Table]:
 
 
 def forget() -> None:
-    """Read tables anew when they are next needed. Compiled graphs keep the routes that they were compiled with."""
+    """Read tables anew when they are next needed."""
     _lookups.clear()
 
 
@@ -135,28 +114,11 @@ def measured_route(
 ) -> str | None:
     """The route that was measured fastest for x [m, k], W [n, k] and rank r; None where nothing was measured.
 
-    For linears that share x, n and r are tuples. A graph that torch.compile makes for many m asks only in which span of
-    them it is, and nothing where no row has this n, k and r.
+    For linears that share x, n and r are tuples.
     """
-    for first, beyond, route in _spans(direction, _fixed(n), index(k), _fixed(r), dtype, dropout, arch, gpu):
-        if first <= m < beyond:
-            return route
-    return None
-
-
-def _fixed(size: Size) -> Size:
-    return tuple(map(index, size)) if isinstance(size, tuple) else index(size)
-
-
-def _spans(direction: str, n: Size, k: int, r: Size, dtype: torch.dtype, dropout: bool, arch: int, gpu: str) -> Spans:
-    """The spans of tokens that were measured."""
     routes = lookup_of(arch, gpu).routes
-    return routes.get((direction, n, k, r, _NAMES.get(dtype), dropout), ()) if routes else ()
+    return routes.get((direction, bucket(max(m, 1)), n, k, r, _NAMES.get(dtype), dropout)) if routes else None
 
-
-# torch.compile takes the result for a constant and traces no reading of files. It is what
-# torch.compiler.assume_constant_result does, which would import all of torch._dynamo.
-_spans._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _gpu_names: dict[int, str] = {}
 

@@ -1,4 +1,4 @@
-"""Tuned tables: what a file must hold, whose rows count, what a call is given, and that compiled graphs keep it."""
+"""Tuned tables: what a file must hold, whose rows count, and what a call is given."""
 
 from __future__ import annotations
 
@@ -77,12 +77,6 @@ def test_a_row_serves_its_bucket_of_tokens(user: Path) -> None:
     assert [m for m, route in got.items() if route == "thin"] == [2897, 5792, 5793, 8192, 11585]
     assert all(bucket(m) == {725: 1024, 1448: 1024, 2897: 4096, 5792: 4096, 5793: 8192}.get(m, bucket(m)) for m in got)
     assert [bucket(m) for m in (1, 2, 3, 4, 5, 6, 91, 90)] == [1, 2, 4, 4, 4, 8, 128, 64]
-
-
-def test_neighbouring_buckets_of_one_route_are_one_span(user: Path) -> None:
-    write(user, content(route_row("thin", 8192), route_row("thin", 4096), route_row("addmm", 2048)))
-    (spans,) = measured.lookup_of(90, GPU).routes.values()
-    assert spans == ((1449, 2897, "addmm"), (2897, 11586, "thin"))
 
 
 def test_the_users_rows_come_before_shipped_ones(user: Path) -> None:
@@ -243,30 +237,6 @@ def test_a_probe_gives_what_is_forced_and_notes_what_was_asked() -> None:
         assert tuned_tile("other", x, 0, (16, 32, 3), "v", lambda: [one, two]) is None
     assert probe.seen["k", 32, 16, 32, 3, "bf16", "v"] == [one, two]
     assert tuned_tile("k", x, 0, (16, 32, 3), "v", lambda: [one, two]) is None, "afterwards all is as before"
-
-
-def test_compiled_graphs_follow_the_table(user: Path) -> None:
-    """Files are read, not traced; many token counts of one span share a graph, and without rows all of them do."""
-    from torch._dynamo.testing import CompileCounter
-
-    write(user, content(*(route_row(r, t, dtype="fp32") for r, t in (("thin", 8192), ("thin", 4096), ("single", 64)))))
-    number = {route: index for index, route in enumerate(ROUTES)}
-
-    def routed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        sizes = (x.shape[0], w.shape[0], w.shape[1], 16, torch.float32, False, H100)
-        forward, backward = choose("forward", *sizes), choose("backward", *sizes)
-        return x.sum() * 0 + 10 * number[forward] + number[backward]
-
-    counter = CompileCounter()
-    compiled = torch.compile(routed, backend=counter, fullgraph=True, dynamic=True)
-    rows, others = torch.empty(4096, 4096), torch.empty(512, 4096)
-    for m, graphs in ((6000, 1), (4000, 1), (9999, 1), (60, 2), (80, 2)):
-        x = torch.zeros(m, 1)
-        assert compiled(x, rows).item() == routed(x, rows).item(), m
-        assert counter.frame_count == graphs, m
-    for m in (6000, 60, 20000):
-        compiled(torch.zeros(m, 1), others)
-    assert counter.frame_count == 3
 
 
 def test_measured_route_of_an_unknown_dtype(user: Path) -> None:

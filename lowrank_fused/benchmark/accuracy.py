@@ -13,7 +13,7 @@ from ..testing import assert_as_accurate_as_torch
 from .case import Case, Operands
 from .providers import Provider
 
-__all__ = ["absolute", "check", "double", "recovered_mask", "seeded"]
+__all__ = ["absolute", "check", "double", "mask_probe", "recovered_mask", "seeded"]
 
 SEED = 20_240_607
 
@@ -55,11 +55,19 @@ def check(provider: Provider, case: Case, operands: Operands | None = None) -> N
 def recovered_mask(provider: Provider, o: Operands, dropout_p: float) -> Tensor:
     """The boolean mask that a provider draws from SEED, read off a gradient: no knowledge of its generator
     needed.
-
-    With W = 0, A = 1, B = 1/N and dy = 1 the input gradient is scale · R / (1-p) where an element was kept,
-    else 0.
     """
-    probe = Operands(
+    probe = mask_probe(o)
+    y = seeded(provider, probe, dropout_p)
+    (dx,) = torch.autograd.grad(y, probe.x, probe.dy)
+    return dx != 0
+
+
+def mask_probe(o: Operands) -> Operands:
+    """Operands of these shapes whose input gradient shows the mask.
+
+    With W = 0, A = 1, B = 1/N and dy = 1 it is scale · R / (1-p) where an element was kept, else 0.
+    """
+    return Operands(
         x=torch.ones_like(o.x).requires_grad_(),
         weight=torch.zeros_like(o.weight),
         a=torch.ones_like(o.a).requires_grad_(),
@@ -68,9 +76,6 @@ def recovered_mask(provider: Provider, o: Operands, dropout_p: float) -> Tensor:
         dy=torch.ones_like(o.dy),
         scale=1.0,
     )
-    y = seeded(provider, probe, dropout_p)
-    (dx,) = torch.autograd.grad(y, probe.x, probe.dy)
-    return dx != 0
 
 
 def seeded(provider: Callable[[AnyOperands, float], Result], o: AnyOperands, dropout_p: float) -> Result:

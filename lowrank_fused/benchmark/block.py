@@ -20,7 +20,7 @@ from ..branches import Branch, lowrank_group
 from ..linear import lowrank_linear, lowrank_linear_ref
 from ..routes import choose_for_group
 from ..testing import assert_as_accurate_as_torch
-from .accuracy import absolute, double, seeded
+from .accuracy import absolute, double, mask_probe, seeded
 from .case import Case, Operands
 from .providers import FP32, Provider, default_names, eager, providers_for
 
@@ -251,15 +251,8 @@ def _mask(provider: BlockProvider, o: BlockOperands, wanted: str, dropout_p: flo
     inputs = {name: torch.ones_like(x).requires_grad_() for name, x in o.inputs.items()}
     layers = {}
     for name, p in o.layers.items():
-        layers[name] = Operands(
-            x=inputs[LINEARS[name][0]],
-            weight=torch.zeros_like(p.weight),
-            a=torch.ones_like(p.a).requires_grad_(),
-            b=torch.full_like(p.b, 1.0 / p.weight.shape[0]).requires_grad_(),
-            bias=p.bias,
-            dy=torch.full_like(p.dy, float(name == wanted)),
-            scale=1.0,
-        )
+        dy = torch.full_like(p.dy, float(name == wanted))
+        layers[name] = replace(mask_probe(p), x=inputs[LINEARS[name][0]], dy=dy)
     probe = BlockOperands(layers)
     ys = seeded(provider, probe, dropout_p)
     (dx,) = torch.autograd.grad(ys, inputs[LINEARS[wanted][0]], probe.dy)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..benchmark import Case, Operands, check, dtype_name, providers_for
-from ..benchmark.accuracy import absolute, double, seeded
+from ..benchmark.accuracy import absolute, double, mask_probe, seeded
 from ..benchmark.measure import Contestant
 from ..branches import Branch, lowrank_group
 from ..linear import lowrank_linear_ref
@@ -115,19 +115,7 @@ def check_group(provider: Any, case: GroupCase) -> None:
 
 def _mask(provider: Any, o: GroupOperands, dropout_p: float) -> Tensor:
     """The mask that is drawn, by the gradient of x (see `benchmark.accuracy.recovered_mask`)."""
-
-    def probe(part: Operands) -> Operands:
-        return Operands(
-            x=torch.ones_like(part.x).requires_grad_(),
-            weight=torch.zeros_like(part.weight),
-            a=torch.ones_like(part.a).requires_grad_(),
-            b=torch.full_like(part.b, 1.0 / part.weight.shape[0]).requires_grad_(),
-            bias=part.bias,
-            dy=torch.ones_like(part.dy),
-            scale=1.0,
-        )
-
-    probes = o.converted(probe)
+    probes = o.converted(mask_probe)
     (dx,) = torch.autograd.grad(seeded(provider, probes, dropout_p), probes.leaves()[:1], probes.dy)
     return dx != 0
 
