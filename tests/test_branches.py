@@ -20,7 +20,11 @@ def routes() -> list:
     def why(route: str) -> str | None:
         return unavailable(route, torch.device("cpu"), torch.float32)
 
-    return [pytest.param(r, marks=pytest.mark.skipif(why(r) is not None, reason=str(why(r)))) for r in GROUP_ROUTES]
+    def marks(route: str) -> list[pytest.MarkDecorator]:
+        kernels = [pytest.mark.triton] if route in ("thin", "split") else []
+        return [*kernels, pytest.mark.skipif(why(route) is not None, reason=str(why(route)))]
+
+    return [pytest.param(route, marks=marks(route)) for route in GROUP_ROUTES]
 
 
 def branches(dtype: torch.dtype, factors: torch.dtype | None = None) -> list[Branch]:
@@ -273,6 +277,7 @@ def test_each_direction_has_the_route_that_suits_it(monkeypatch):
     assert found == (choose("forward", *sizes), choose("backward", *sizes)) and found[0] != found[1]
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize(("route", "forward", "backward"), [("split", 4, 5), ("thin", 4, 4)])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_launches(route, forward, backward, p):
