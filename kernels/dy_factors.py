@@ -157,14 +157,16 @@ def dy_factors(
     want_db: bool = True,
     want_dcore: bool = False,
     out: Tensor | None = None,
+    into: Tensor | None = None,
     tile: Tile | None = None,
     chunk_rows: int | None = None,
 ) -> DyFactors:
     """ds = scale · d ∘ (dy B), dB = dyᵀ (scale · s ∘ d) and dd = Σ_t s ∘ (scale · dy B) from one pass over dy [M, N].
 
     b [N, R] and `core` d [R] may be fp32 beside 16-bit dy, dy and b may have any strides; s [M, R] in dy's dtype is
-    needed for dB and dd. ds is written to `out` [M, R] if given. Both may be some columns of wider matrices. Without
-    dB any rank will do, with it R ≤ `one_pass_max_rank`.
+    needed for dB and dd. ds is written to `out` [M, R] if given. Both may be some columns of wider matrices. dB is
+    written to `into` [N, R] if given, contiguous in b's dtype. Without dB any rank will do, with it
+    R ≤ `one_pass_max_rank`.
     Reads dy once, 2MNR FLOP for each of ds and dB.
     """
     (M, N), R = dy.shape, b.shape[1]
@@ -188,7 +190,8 @@ def dy_factors(
     def parts(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=dy.device)
 
-    db = torch.empty((N, R), dtype=b.dtype, device=dy.device)
+    db = torch.empty((N, R), dtype=b.dtype, device=dy.device) if into is None else into
+    assert db.shape == (N, R) and db.dtype == b.dtype and db.is_contiguous(), "into must be a contiguous [N, R] like b"
     ds_parts, db_parts = parts(strips, M, R), parts(chunks, N, R)
     dcore, dcore_parts = (parts(R), parts(chunks * strips, R)) if want_dcore else (None, None)
     Launch(

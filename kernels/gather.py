@@ -91,16 +91,17 @@ def _entries(index_ptr, offs, mask, first, total, length, rows, columns, key_low
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def _gather_kernel(
-    theta_ptr, index_ptr, out_ptr,
+    theta_ptr, scale_ptr, index_ptr, out_ptr,
     count,
     first, total, length, rows, columns, key_low, key_high,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[p] = θ[entry of first + p] for p < count; θ stays in L2, out is written once."""
+    """out[p] = (scale ∘ θ)[entry of first + p] for p < count; θ stays in L2, out is written once."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < count
     entries = _entries(index_ptr, offs, mask, first, total, length, rows, columns, key_low, key_high)
     values = tl.load(theta_ptr + entries, mask=mask, other=0.0)
+    values = values.to(tl.float32) * tl.load(scale_ptr + entries, mask=mask, other=0.0)
     tl.store(out_ptr + offs, cast(values, out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -161,31 +162,31 @@ def _numbers(index: Tensor | Permutation | None) -> dict[str, int]:
 def gather(
     theta: Tensor,
     index: Tensor | Permutation,
+    scale: Tensor,
     *,
     first: int = 0,
     count: int | None = None,
-    dtype: torch.dtype | None = None,
     tile: Tile = _GATHER_TILE,
 ) -> Tensor:
-    """θ[index[first : first + count]], all of the index by default, in `dtype` (θ's by default).
+    """(scale ∘ θ)[index[first : first + count]] in θ's dtype, multiplied in fp32; all of the index by default.
 
-    theta [d] fp32, contiguous; index [D] uint16 or int32, or the permutation that stands for it. Writes `count`
-    elements; reads 2 or 4 bytes of index for each, or nothing.
+    theta [d] and scale fp32 [d] are contiguous; index [D] is uint16 or int32, or the permutation that stands for it.
+    Writes `count` elements; reads 2 or 4 bytes of index for each, or nothing.
     """
     size = index.numel() if isinstance(index, Tensor) else index.total
     count = size - first if count is None else count
-    out = torch.empty(count, dtype=dtype or theta.dtype, device=theta.device)
+    out = torch.empty(count, dtype=theta.dtype, device=theta.device)
     if count:
         some = index[first : first + count] if isinstance(index, Tensor) else None
         Launch(
             _gather_kernel,
             (cdiv(count, tile.block_m),),
             dict(
-                theta_ptr=theta, index_ptr=some, out_ptr=out, count=count, first=first, length=theta.numel(),
-                **_numbers(index), BLOCK=tile.block_m,
+                theta_ptr=theta, scale_ptr=scale, index_ptr=some, out_ptr=out, count=count,
+                first=first, length=theta.numel(), **_numbers(index), BLOCK=tile.block_m,
             ),
             tile,
-            reads=(theta, some),
+            reads=(theta, scale, some),
             writes=(out,),
         ).run()  # fmt: skip
     return out

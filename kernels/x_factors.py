@@ -140,13 +140,14 @@ def x_factors(
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
     want_dx0: bool = False,
+    out: Tensor | None = None,
     tile: Tile | None = None,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """dA = dsᵀ (keep ∘ x) / (1 − p) [R, K] from one pass over x [M, K], and dx0 = keep ∘ (ds A) / (1 − p) if wanted.
 
     ds [M, R] has x's dtype. a [R, K]: dA takes its dtype, dx0 its values; several a's, [Rᵢ, K] of one dtype, are read
-    as the rows of one. mask: packed bits [M, ⌈K / 8⌉].
+    as the rows of one. mask: packed bits [M, ⌈K / 8⌉]. dA is written to `out` [R, K] if given, contiguous.
     Reads x once, 2MKR FLOP, twice that with dx0. Deterministic: every sum has an order that the shapes fix.
     """
     factors = as_rows(a)
@@ -155,7 +156,9 @@ def x_factors(
         tile = choose_tile(x.shape[1], R, x.dtype, want_dx0, mask is not None, arch_of(x), len(factors))
     # Rank blocks cannot share a sum over the rank: beyond one, dx0 is a launch of its own.
     fused = want_dx0 and tile.block_r >= R
-    da = torch.empty((R, x.shape[1]), dtype=factors[0].dtype, device=x.device)
+    K, dtype = x.shape[1], factors[0].dtype
+    da = torch.empty((R, K), dtype=dtype, device=x.device) if out is None else out
+    assert da.shape == (R, K) and da.dtype == dtype and da.is_contiguous(), "out must be a contiguous [R, K] like a"
     dx0 = torch.empty(x.shape, dtype=x.dtype, device=x.device) if fused else None
     _launch(x, ds, da, factors if fused else (), dx0, mask, keep_scale(dropout_p), tile, chunk_rows)
     if want_dx0 and not fused:

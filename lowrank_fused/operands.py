@@ -11,8 +11,9 @@ from torch import Tensor
 from . import ops
 from .dropout import draw_seed, pack_any
 from .errors import UnsupportedError, failure_of
+from .flat_gradient import place_of
 from .routes import choose, unavailable
-from .routes.problem import Grads, Options, Saved
+from .routes.problem import NOWHERE, Grads, Into, Options, Saved
 from .target import target_of
 from .terms import Core, Gate
 
@@ -88,14 +89,19 @@ def save_for_backward(
 ) -> None:
     """Keep what the gradients asked for need."""
     ctx.save_for_backward(weight, x if o.keeps_x else None, a, b, core, *saved)
-    ctx.options = o
+    ctx.options, ctx.places = o, (place_of(a), place_of(b))
 
 
 def run_backward(ctx: Any, dy: Tensor) -> Grads:
     """The gradients of a call after `save_for_backward`, dx in the shape of x."""
     weight, x, a, b, core, s, mask = ctx.saved_tensors
     x = None if x is None else rows_of(x)
-    operands = (rows_of(dy), x, weight, a, b, core, Saved(s, mask), ctx.options, ctx.route)
+    o, places = ctx.options, ctx.places
+    into = NOWHERE
+    if places != (None, None):
+        wants = zip(places, (o.wants_a, o.wants_b), strict=True)
+        into = Into(*(place() if place is not None and wanted else None for place, wanted in wants))
+    operands = (rows_of(dy), x, weight, a, b, core, Saved(s, mask), o, ctx.route, into)
     grads: Grads = guarded(ops.backward, *operands, where=dy.device, route=ctx.route, label=ctx.label)
     if grads.x is not None and dy.dim() != 2:
         grads.x = grads.x.view(*dy.shape[:-1], a.shape[1])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .library import define, is_watched
 from .routes import choose, implementation
-from .routes.problem import Grads, Options, Saved
+from .routes.problem import NOWHERE, Grads, Into, Options, Saved
 from .routes.rows import readable
 from .target import target_of
 
@@ -91,16 +91,22 @@ def _gradients(
     saved: Saved,
     o: Options,
     route: str,
+    into: Into = NOWHERE,
 ) -> Grads:
     """Those of the factors in the dtypes of their leaves."""
     dy = readable(dy)
-    grads = implementation(route, dy).backward(dy, x, weight, a, b, core, saved, o)
-    grads.a, grads.b, grads.core = _like(grads.a, a), _like(grads.b, b), _like(grads.core, core)
+    grads = implementation(route, dy).backward(dy, x, weight, a, b, core, saved, o, into)
+    grads.a, grads.b, grads.core = _like(grads.a, a, into.a), _like(grads.b, b, into.b), _like(grads.core, core)
     return grads
 
 
-def _like(grad: Tensor | None, leaf: Tensor | None) -> Tensor | None:
-    return None if grad is None or leaf is None else grad.to(leaf.dtype).contiguous()
+def _like(grad: Tensor | None, leaf: Tensor | None, into: Tensor | None = None) -> Tensor | None:
+    """The gradient in the dtype of its leaf and contiguous; what that copies goes to `into`."""
+    if grad is None or leaf is None:
+        return None
+    if grad.dtype == leaf.dtype and grad.is_contiguous():
+        return grad
+    return grad.to(leaf.dtype).contiguous() if into is None else into.copy_(grad)
 
 
 def _backward_fake(dy, x, weight, a, b, core, s, mask, *, scale, core_kind, dropout_p, wants, route):
@@ -190,12 +196,13 @@ def backward(
     saved: Saved,
     o: Options,
     route: str,
+    into: Into = NOWHERE,
 ) -> Grads:
-    """The gradients that `o` asks for."""
+    """The gradients that `o` asks for, those of the factors in `into` or in tensors of their own."""
     if is_watched(dy, x, weight, a, b, core, *saved):
         found = backward_op(dy, x, weight, a, b, core, *saved, **_as_arguments(o), route=route)
         return Grads(*(grad if wanted else None for grad, wanted in zip(found, o.wants, strict=True)))
-    return _gradients(dy, x, weight, a, b, core, saved, o, route)
+    return _gradients(dy, x, weight, a, b, core, saved, o, route, into)
 
 
 def _as_arguments(o: Options) -> dict[str, Any]:

@@ -50,23 +50,25 @@ class TestKernels:
         from lowrank_fused.kernels.gather import gather
         from lowrank_fused.kernels.launch import Tile
 
-        p, theta = projection(total, length, 3, recipe), torch.randn(length).to(device)
-        expected = theta[p.entries(0, total, device).long()]
-        index = kernel_index(p, device)
-        assert torch.equal(gather(theta, index), expected)
-        assert torch.equal(gather(theta, index, tile=Tile(block_m=256)), expected)
+        p, theta, scale = projection(total, length, 3, recipe), *torch.randn(2, length).to(device)
+        entries, index = p.entries(0, total, device).long(), kernel_index(p, device)
+        expected = (theta * scale)[entries]
+        assert torch.equal(gather(theta, index, scale), expected)
+        assert torch.equal(gather(theta, index, scale, tile=Tile(block_m=256)), expected)
         first, last = total // 3, total - total // 5
-        assert torch.equal(gather(theta, index, first=first, count=last - first), expected[first:last])
-        assert gather(theta, index, first=first, count=0).shape == (0,)
+        assert torch.equal(gather(theta, index, scale, first=first, count=last - first), expected[first:last])
+        assert gather(theta, index, scale, first=first, count=0).shape == (0,)
         for dtype in (torch.float16, torch.bfloat16):
-            assert torch.equal(gather(theta, index, dtype=dtype), expected.to(dtype))
+            low = theta.to(dtype)
+            assert torch.equal(gather(low, index, scale), (low.float() * scale)[entries].to(dtype))
 
     def test_gather_reads_wide_indices(self, device):
         from lowrank_fused.kernels.gather import gather
 
         p, theta = projection(70_100, 70_000, 3, "table"), torch.randn(70_000).to(device)
         assert p.table(device).dtype == torch.int32
-        assert torch.equal(gather(theta, p.table(device)), theta[p.table(device).long()])
+        ones = torch.ones(70_000, device=device)
+        assert torch.equal(gather(theta, p.table(device), ones), theta[p.table(device).long()])
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("recipe", RECIPES)
@@ -123,15 +125,15 @@ class TestKernels:
         from lowrank_fused.kernels.gather import gather, segment_sum
         from lowrank_fused.kernels.launch import record
 
-        p, theta = projection(1000, 50, 1, "table"), torch.empty(50, device="meta")
+        p, theta, scale = projection(1000, 50, 1, "table"), *torch.empty(2, 50, device="meta")
         cpu = torch.device("cpu")
         table, segments = p.table(cpu).to("meta"), tuple(t.to("meta") for t in p.segments(cpu))
         with record() as launches:
-            segment_sum(gather(theta, table), segments, theta)
+            segment_sum(gather(theta.bfloat16(), table, scale), segments, scale)
         assert [launch.name for launch in launches] == ["gather", "segment_sum"]
         assert [(one.bytes_read, one.bytes_written) for one in launches] == [
-            (50 * 4 + 1000 * 2, 1000 * 4),
-            (1000 * 4 + 50 * 4 + 1000 * 4 + 51 * 4, 50 * 4),
+            (50 * 2 + 50 * 4 + 1000 * 2, 1000 * 2),
+            (1000 * 2 + 50 * 4 + 1000 * 4 + 51 * 4, 50 * 4),
         ]
 
 

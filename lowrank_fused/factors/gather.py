@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..flat_gradient import FlatGradient
 from ..library import define
 from ..target import target_of
 from .generated import Generated
@@ -34,12 +35,13 @@ def _project(theta: Tensor, first: int, count: int, *, total: int, seed: int, in
     """(P θ)[first : first + count] in θ's dtype, from θ ∘ n^(-1/2) in fp32 (fp64 for fp64)."""
     p = projection(total, theta.numel(), seed, index)
     dtype = _sum_dtype(theta.dtype)
-    scaled = theta.to(dtype) * p.scale(theta.device, dtype)
+    scale = p.scale(theta.device, dtype)
     if not _uses_kernels(theta):
+        scaled = theta.to(dtype) * scale
         return scaled.index_select(0, p.entries(first, count, theta.device)).to(theta.dtype)
     from lowrank_fused.kernels.gather import gather
 
-    return gather(scaled, _for_kernels(p, theta.device), first=first, count=count, dtype=theta.dtype)
+    return gather(theta.contiguous(), _for_kernels(p, theta.device), scale, first=first, count=count)
 
 
 def _project_fake(theta: Tensor, first: int, count: int, *, total: int, seed: int, index: str) -> Tensor:
@@ -114,7 +116,10 @@ class _Numbers(NamedTuple):
 
 
 class _Gather(torch.autograd.Function):
-    """Consecutive matrices of P θ from one gather; backward puts their gradients together for one sum."""
+    """Consecutive matrices of P θ from one gather; backward sums all their gradients at once.
+
+    Outside of graphs whoever computes these writes them where that sum reads them (`FlatGradient`).
+    """
 
     @staticmethod
     def forward(
@@ -124,24 +129,29 @@ class _Gather(torch.autograd.Function):
         flat = project(theta, first, sum(sizes), total=p.total, seed=p.seed, index=p.recipe)
         ctx.first, ctx.sizes, ctx.numbers, ctx.dtype = first, sizes, p, theta.dtype
         ctx.set_materialize_grads(False)
-        return tuple(part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True))
+        parts = tuple(part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True))
+        ctx.gradient = None if torch.compiler.is_compiling() else FlatGradient(parts)
+        return parts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         p = ctx.numbers
-        absent = [size for size, grad in zip(ctx.sizes, grads, strict=True) if grad is None]
-        if len(absent) == len(grads):
+        if all(grad is None for grad in grads):
             return None, None, None, None
-        pieces = [grad.reshape(-1) for grad in grads if grad is not None]
-        if absent:  # layers that are frozen, removed or not reached
-            zeros, given = pieces[0].new_zeros(max(absent)), iter(pieces)
-            pieces = [zeros[:size] if g is None else next(given) for size, g in zip(ctx.sizes, grads, strict=True)]
+        # None are those of layers that are frozen, removed or not reached.
+        flat = _joined(grads, ctx.sizes) if ctx.gradient is None else ctx.gradient.take(grads)
         summed = project_back(
-            torch.cat(pieces), ctx.first, total=p.total, length=p.length, seed=p.seed, index=p.recipe,
+            flat, ctx.first, total=p.total, length=p.length, seed=p.seed, index=p.recipe,
             deterministic=p.deterministic,
         )  # fmt: skip
         return summed.to(ctx.dtype), None, None, None
+
+
+def _joined(grads: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    like = next(grad for grad in grads if grad is not None)
+    pairs = zip(grads, sizes, strict=True)
+    return torch.cat([like.new_zeros(size) if grad is None else grad.reshape(-1) for grad, size in pairs])
 
 
 class SharedFactors:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import failure_of
+from ..flat_gradient import hand_over
 
 __all__ = ["Generated", "Steps", "named"]
 
@@ -153,6 +154,8 @@ class Generated:
             self._graph = _Graph(outputs, sources, self.label, holding=self._holding)
             if any(out.requires_grad for out in outputs):
                 self._values = _Pullback.apply(self._graph, *sources)
+                for out, value in zip(outputs, self._values, strict=True):
+                    hand_over(out, value)
             else:
                 self._values = outputs
 

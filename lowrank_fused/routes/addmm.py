@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..dropout import keep_of, pack, unpack, zero_dropped
 from .cores import core_forward, core_grad, core_input_grad
-from .problem import Grads, GroupGrads, GroupOptions, Options, Saved
+from .problem import NOWHERE, Grads, GroupGrads, GroupOptions, Into, Options, Saved
 from .rows import readable
 
 __all__ = ["add_forward", "backward", "forms_weight", "forward", "group_backward", "group_forward"]
@@ -64,6 +64,7 @@ def backward(
     core: Tensor | None,
     saved: Saved,
     o: Options,
+    into: Into = NOWHERE,
 ) -> Grads:
     """Gradients that `o` asks for; one product with dy gives gv, everything of the core lives on [M, R]."""
     grads = Grads()
@@ -82,7 +83,7 @@ def backward(
         dropped = x
         if o.wants_a and x is not None:
             dropped = x if keep is None else zero_dropped(x, keep)
-            grads.a = _scaled_mm(ds.t(), dropped, o.keep_scale)
+            grads.a = _scaled_mm(ds.t(), dropped, o.keep_scale, out=_if_like(into.a, dropped))
         if o.wants_x and grads.x is None:
             scratch = None if dropped is x else dropped
             grads.x = _input_grad(dy, weight, a.to(dy.dtype), ds, keep, o.keep_scale, scratch)
@@ -186,6 +187,11 @@ def _input_grad(
     dx = _scaled_mm(ds, a, keep_scale, out=scratch)
     zero_dropped(dx, keep, out=dx)
     return dx if weight is None else dx.addmm_(dy, weight)
+
+
+def _if_like(out: Tensor | None, operand: Tensor) -> Tensor | None:
+    """`out` if a product with `operand` can be written to it as it is."""
+    return out if out is not None and out.dtype == operand.dtype else None
 
 
 def _scaled_mm(p: Tensor, q: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:

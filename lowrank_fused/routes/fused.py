@@ -26,7 +26,7 @@ from lowrank_fused.kernels.shrink import shrink
 from lowrank_fused.kernels.x_factors import factor_grad, x_factors
 
 from .cores import core_forward, core_grad, core_input_grad
-from .problem import Grads, GroupGrads, GroupOptions, Options, Saved
+from .problem import NOWHERE, Grads, GroupGrads, GroupOptions, Into, Options, Saved
 
 __all__ = ["SPLIT", "THIN"]
 
@@ -72,17 +72,18 @@ class KernelRoute:
         core: Tensor | None,
         saved: Saved,
         o: Options,
+        into: Into = NOWHERE,
     ) -> Grads:
         """Gradients that `o` asks for."""
         grads = Grads(bias=dy.sum(0) if o.wants_bias else None)
         wants_ds = o.wants_x or o.wants_a
         if not (wants_ds or o.wants_b or o.wants_core):
             return grads
-        ds = _dy_side(dy, b, core, saved.s, o, grads)
+        ds = _dy_side(dy, b, core, saved.s, o, grads, into.b)
         dx0, carrier = None, weight if self.carries else None
         if o.wants_a and x is not None:
             wants_dx0 = o.wants_x and carrier is None
-            grads.a, dx0 = x_factors(x, ds, a, mask=saved.mask, dropout_p=o.dropout_p, want_dx0=wants_dx0)
+            grads.a, dx0 = x_factors(x, ds, a, mask=saved.mask, dropout_p=o.dropout_p, want_dx0=wants_dx0, out=into.a)
         if o.wants_x and carrier is not None:
             grads.x = grad_input(dy, carrier, ds, a, mask=saved.mask, dropout_p=o.dropout_p)
         elif o.wants_x:
@@ -175,13 +176,15 @@ def _shrunk(x: Tensor, a: Tensor, core: Tensor | None, drop: Tensor | None, o: O
     return v, Saved(s if o.keeps_s else None, mask if o.dropout_p else None)
 
 
-def _dy_side(dy: Tensor, b: Tensor, core: Tensor | None, s: Tensor | None, o: Options, grads: Grads) -> Tensor:
+def _dy_side(
+    dy: Tensor, b: Tensor, core: Tensor | None, s: Tensor | None, o: Options, grads: Grads, into: Tensor | None
+) -> Tensor:
     """ds, with dB and dcore put into `grads`: one pass over dy where rank and core allow."""
     on_the_way = o.core_kind in ("none", "diag")
     if on_the_way and (not o.wants_b or b.shape[1] <= one_pass_max_rank(dy.dtype, arch_of(dy))):
         diagonal = core if o.core_kind == "diag" else None
         ds, grads.b, grads.core = dy_factors(
-            dy, b, s, scale=o.scale, core=diagonal, want_db=o.wants_b, want_dcore=o.wants_core
+            dy, b, s, scale=o.scale, core=diagonal, want_db=o.wants_b, want_dcore=o.wants_core, into=into
         )
         return ds
     gv = shrink(dy, b.t(), scale=o.scale, keep_s=False)[1]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..dropout import keep_of, pack, rows_at_a_time, unpack, zero_dropped
 from .cores import core_forward, core_grad, core_input_grad
-from .problem import Grads, GroupGrads, GroupOptions, Options, Saved
+from .problem import NOWHERE, Grads, GroupGrads, GroupOptions, Into, Options, Saved
 
 __all__ = ["add_forward", "backward", "forward", "group_backward", "group_forward"]
 
@@ -60,6 +60,7 @@ def backward(
     core: Tensor | None,
     saved: Saved,
     o: Options,
+    into: Into = NOWHERE,
 ) -> Grads:
     """Gradients that `o` asks for: one pass over dy for gv and dB, one over x for dA, one over dx."""
     grads = Grads(bias=dy.sum(0, dtype=_wide(dy)) if o.wants_bias else None)

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-__all__ = ["Grads", "GroupGrads", "GroupOptions", "GroupRoute", "Options", "Route", "Saved"]
+__all__ = ["NOWHERE", "Grads", "GroupGrads", "GroupOptions", "GroupRoute", "Into", "Options", "Route", "Saved"]
 
 
 class Options(NamedTuple):
@@ -78,6 +78,16 @@ class Saved(NamedTuple):
     mask: Tensor | None
 
 
+class Into(NamedTuple):
+    """Where gradients of the factors may be written: contiguous tensors in their shapes and dtypes, or None."""
+
+    a: Tensor | None
+    b: Tensor | None
+
+
+NOWHERE = Into(None, None)
+
+
 @dataclass
 class Grads:
     """Gradients of one backward pass; None where not asked for."""
@@ -137,10 +147,11 @@ class Route(Protocol):
         core: Tensor | None,
         saved: Saved,
         o: Options,
+        into: Into = NOWHERE,
     ) -> Grads:
         """The gradients that `o` asks for; x, saved.s and saved.mask are None where `o` does not keep them.
 
-        Without a weight dx is that of the low-rank part alone.
+        Without a weight dx is that of the low-rank part alone. A route may leave `into` unused.
         """
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..dropout import keep_of, pack, unpack, unpadded
 from ..terms import Core, Gate
 from .cores import core_forward, core_grad, core_input_grad
-from .problem import Grads, Options, Saved
+from .problem import NOWHERE, Grads, Into, Options, Saved
 
 __all__ = ["add_forward", "backward", "forward", "lowrank_linear_ref"]
 
@@ -91,6 +91,7 @@ def backward(
     core: Tensor | None,
     saved: Saved,
     o: Options,
+    into: Into = NOWHERE,
 ) -> Grads:
     """The gradients that `o` asks for, one formula each."""
     s, mask = saved

@@ -278,13 +278,14 @@ class _GatherCase:
     def launch(self) -> None:
         """Gather, and both ways of summing back, on the meta device."""
         make = partial(torch.empty, device="meta")
-        theta, grad = make(self.length), make(self.total, dtype=self.dtype)
+        theta, grad = make(self.length, dtype=self.dtype), make(self.total, dtype=self.dtype)
+        scale = make(self.length)
         permutation = Permutation(self.total, 1025, 1025, 2**30 + 1, -(2**30) + 1)
         table = make(self.total, dtype=torch.uint16 if self.length <= 65536 else torch.int32)
         positions = (make(self.total, dtype=torch.int32), make(self.length + 1, dtype=torch.int32))
-        gather(theta, table if self.stored else permutation, dtype=self.dtype)
+        gather(theta, table if self.stored else permutation, scale)
         scatter_add(grad, table if self.stored else permutation, self.length)
-        segment_sum(grad, positions if self.stored else permutation, theta)
+        segment_sum(grad, positions if self.stored else permutation, scale)
 
 
 def _gather_cases() -> Iterator[_GatherCase]:
