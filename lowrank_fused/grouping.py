@@ -214,12 +214,18 @@ def _why_apart(calls: list[Call], x: Tensor) -> str | None:
 
 
 def _mode(x: Tensor) -> tuple[Any, ...]:
-    """What besides x a result is made for: gradients, autocast, thread, the stream it is ready on, optimiser steps."""
+    """What besides x a result is made for: gradients, autocast, thread, optimiser steps, the stream it is ready on.
+
+    And whether that stream is being captured: a graph that read what was computed before it would read the same again
+    at every replay.
+    """
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     grad = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return *grad, autocast, threading.get_ident(), stream, Steps.taken
+    mode = (*grad, autocast, threading.get_ident(), Steps.taken)
+    if not x.is_cuda:
+        return mode
+    return *mode, torch.cuda.current_stream(x.device).cuda_stream, torch.cuda.is_current_stream_capturing()
 
 
 def _version(x: Tensor) -> int | None:

@@ -340,11 +340,40 @@ def test_a_result_is_for_its_thread_its_stream_and_its_kind_of_inference(monkeyp
     assert one.shared == shared + 3  # once for the other thread, once more for this one
     stream = SimpleNamespace(cuda_stream=1)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     on_gpu = SimpleNamespace(device=torch.device("cuda"), is_cuda=True)
     before = grouping._mode(on_gpu)
     assert grouping._mode(on_gpu) == before
     stream.cuda_stream = 2
     assert grouping._mode(on_gpu) != before
+
+
+class SaysCuda(torch.Tensor):
+    """A tensor of the CPU that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("captured_first", [False, True])
+def test_a_result_from_outside_of_a_capture_is_not_used_inside_nor_the_other_way_round(captured_first, monkeypatch):
+    """As when a graph is captured whose warm-up pass on the same stream and x fetched only the first result."""
+    state = SimpleNamespace(capturing=captured_first)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    model = adapted()[0].attention
+    lf.group(model)
+    settle(model)
+    one, x = group_of(model.q_proj), data().detach()
+    monkeypatch.setattr(grouping, "_mode", lambda x, mode=grouping._mode: mode(x.as_subclass(SaysCuda)))
+    model.q_proj(x)
+    shared = one.shared
+    model.k_proj(x)
+    assert one.shared == shared  # what waited was fetched
+    state.capturing = not captured_first
+    model.v_proj(x)
+    assert one.shared == shared + 1  # computed anew, although v waited
+    model.q_proj(x)
+    assert one.shared == shared + 1
 
 
 def test_hooks_see_and_change_what_they_always_did():
