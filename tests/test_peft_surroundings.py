@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -333,6 +335,26 @@ def functional_grad(layer: nn.Module, x: Tensor) -> Tensor:
 def forward_mode(layer: nn.Module, x: Tensor) -> Tensor:
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+@pytest.mark.parametrize(
+    ("message", "module", "told"),
+    [
+        ("`torch.jit.script` is deprecated. Please switch to `torch.compile`.", "torch.jit._script", False),
+        ("`torch.jit.script` is deprecated. Please switch to `torch.compile`.", "lowrank_fused.linear", True),
+        ("`torch.jit.trace` is deprecated.", "torch.jit._script", True),
+    ],
+)
+def test_of_what_is_warned_of_once_only_torchs_own_script_is_no_difference(message, module, told):
+    twins = Twins(wearing(lora_dropout=0.0))
+    once = iter([FutureWarning(message)])
+
+    def warned_of_once(model: nn.Module) -> None:
+        for warning in once:
+            warnings.warn_explicit(warning, FutureWarning, "file.py", 1, module)
+
+    with pytest.raises(AssertionError, match=message) if told else contextlib.nullcontext():
+        twins.do(warned_of_once)
 
 
 @pytest.mark.parametrize("where", SURROUNDINGS)

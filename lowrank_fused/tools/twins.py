@@ -75,6 +75,8 @@ class Twins:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+                # torch 2.14 and later, of a script of its own that the first forward-mode derivative compiles.
+                warnings.filterwarnings("ignore", r"`torch\.jit\.script`", FutureWarning, r"torch\.jit\._script$")
                 try:
                     value = call(model)
                 except Exception as exception:
