@@ -11,6 +11,9 @@ OLD_PEFT := $(VENV)/peft-0.18
 PEFT_TESTS := $(addprefix tests/test_, accelerate.py peft_calls.py peft_documented.py peft_parity.py peft_surroundings.py)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
 
+# The tests start dozens of processes: each would compile torch and transformers anew if none kept what it compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint bench-cpu bench-methods bench-peft gpu-check clean
 

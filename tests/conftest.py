@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
 import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +20,43 @@ settings.register_profile("explore", deadline=None)
 settings.register_profile("fixed", deadline=None, derandomize=True)
 settings.load_profile("fixed")
 
+# The compiler's own pool of processes costs more than the few kernels that a test compiles; other cores have tests.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def hasten_interpreter() -> None:
+    """Leave out what the interpreter does again and again, a third of its time: at every call of a device function it
+    looks for what to patch in triton.language, where its kernel's launch has patched everything already, and for every
+    value it makes its table of dtypes.
+    """
+    with contextlib.suppress(ImportError):
+        import triton.language as tl
+        from triton.runtime import interpreter
+
+        if not {"_LangPatchScope", "_patch_lang", "_get_np_dtype"} <= vars(interpreter).keys():
+            return
+        patch = interpreter._patch_lang
+
+        def patch_once(function: Any) -> Any:
+            languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+            if languages and not any(tl.core.is_builtin(module.load) for module in languages):
+                return interpreter._LangPatchScope()
+            return patch(function)
+
+        of_scalar = functools.cache(interpreter._get_np_dtype)
+
+        def dtype_of(kind: Any) -> Any:
+            scalar = kind.element_ty if isinstance(kind, tl.block_type) else kind
+            return of_pointer if isinstance(scalar, tl.pointer_type) else of_scalar(scalar)
+
+        of_pointer = interpreter._get_np_dtype(tl.pointer_type(tl.float32))
+        interpreter._patch_lang, interpreter._get_np_dtype = patch_once, dtype_of
+
+
+hasten_interpreter()
 
 
 def _why_kernels_cannot_run() -> str | None:
@@ -47,6 +86,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collections of garbage, which tests ask for, need not look through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -308,11 +309,17 @@ def _peft_class(layer: Any) -> type[nn.Module]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("lowrank-fused", "torch", "triton", "peft"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    found = {name: _version(name) for name in ("lowrank-fused", "torch", "triton", "peft")}
+    return {name: version for name, version in found.items() if version is not None}
+
+
+@cache
+def _version(name: str) -> str | None:
+    """Of an installed package; reading and parsing its metadata takes milliseconds."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _device_of(model: nn.Module) -> str:
