@@ -9,7 +9,8 @@ import torch
 
 from bench.recording import record
 from lowrank_fused.benchmark import Row, kept_bytes
-from lowrank_fused.benchmark.block import BlockCase, block_names, block_providers, check_block
+from lowrank_fused.benchmark.block import BlockCase, block_names, block_providers
+from lowrank_fused.benchmark.linears import check_linears
 from lowrank_fused.benchmark.measure import gate, layer_step
 from lowrank_fused.tools.doctor import best_device
 
@@ -30,7 +31,7 @@ NAMES = [(case, name) for case in CASES for name in block_names(case, with_compi
 def test_block(benchmark: Any, case: BlockCase, name: str) -> None:
     """One provider: every output and gradient against float64, then time."""
     (provider,) = block_providers([name], case)
-    verdict = gate(provider, case, check_block)
+    verdict = gate(provider, case, check_linears)
     assert verdict == "ok", verdict
     operands = provider.operands(case)
     kept = kept_bytes(lambda: provider(operands, case.dropout), operands.parameters()) / case.tokens

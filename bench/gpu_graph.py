@@ -12,7 +12,8 @@ from torch import Tensor
 from bench.causal import CausalCase, causal_steps, factors_of
 from lowrank_fused.benchmark import Case as LayerCase
 from lowrank_fused.benchmark import Operands, Row, Spread, Step, clock_for, interleave, providers_for
-from lowrank_fused.benchmark.block import BlockCase, BlockProvider, check_block
+from lowrank_fused.benchmark.block import BlockCase, BlockProvider
+from lowrank_fused.benchmark.linears import check_linears
 from lowrank_fused.benchmark.measure import gate, layer_step, ratios
 
 __all__ = ["Capture", "replayed_masks", "replayed_step", "time_replays", "timed_row"]
@@ -99,7 +100,7 @@ def time_replays(block: BlockCase, providers: Sequence[BlockProvider], capture: 
     """Rows of forward plus backward of a block, every provider a graph that is replayed in turn."""
     rows, steps = [], {}
     for provider in providers:
-        verdict = gate(provider, block, check_block)
+        verdict = gate(provider, block, check_linears)
         if verdict == "ok":
             step = layer_step(provider, provider.operands(block), block.dropout, "both")
             try:

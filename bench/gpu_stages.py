@@ -35,8 +35,9 @@ from lowrank_fused.benchmark import (
     peak_bytes,
     providers_for,
 )
-from lowrank_fused.benchmark.block import GROUPED, BlockCase, block_names, block_providers, check_block
+from lowrank_fused.benchmark.block import GROUPED, BlockCase, block_names, block_providers
 from lowrank_fused.benchmark.graph import captured
+from lowrank_fused.benchmark.linears import check_linears
 from lowrank_fused.benchmark.published import PUBLISHED, why_not
 from lowrank_fused.kernels.measured import forget
 from lowrank_fused.routes import GROUP_ROUTES
@@ -227,7 +228,7 @@ def block_cases(setting: Setting) -> Iterator[Case]:
 def bench_block(block: BlockCase, names: Sequence[str] | None, budget_s: float) -> list[dict[str, Any]]:
     """Rows of a block for forward and for forward plus backward."""
     providers = block_providers(names or block_names(block), block)
-    return told(measure(block, providers, ("both", "forward"), judge=check_block, budget_s=budget_s))
+    return told(measure(block, providers, ("both", "forward"), judge=check_linears, budget_s=budget_s))
 
 
 def layer_cases(setting: Setting) -> Iterator[Case]:

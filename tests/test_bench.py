@@ -37,7 +37,8 @@ from lowrank_fused.benchmark import (
     write_json,
 )
 from lowrank_fused.benchmark.accuracy import SEED, recovered_mask
-from lowrank_fused.benchmark.block import BlockCase, BlockProvider, block_names, block_providers, check_block
+from lowrank_fused.benchmark.block import BlockCase, BlockProvider, block_names, block_providers
+from lowrank_fused.benchmark.linears import check_linears
 from lowrank_fused.benchmark.measure import gate, ratios
 from lowrank_fused.benchmark.providers import eager
 from lowrank_fused.benchmark.published import PUBLISHED, published_forward, why_not
@@ -175,7 +176,7 @@ BLOCK = BlockCase(48, 80, 17, 5, kv_features=24)
 def test_a_block_shares_its_inputs(dtype: torch.dtype, dropout: float) -> None:
     case = replace(BLOCK, dtype=dtype, dropout=dropout)
     providers = block_providers(block_names(case), case)
-    rows = measure(case, providers, judge=check_block, budget_s=0)
+    rows = measure(case, providers, judge=check_linears, budget_s=0)
     assert {row.status for row in rows} == {"ok"} and {row.what for row in rows} == {"block"}
     o = providers[0].operands(case)
     assert [list(o.inputs), len(o.leaves()), len(o.dy)] == [["x", "attention", "x2", "h"], 4 + 14, 7]
@@ -222,7 +223,7 @@ def test_the_gate_of_a_block_sees_one_wrong_linear() -> None:
 
     for fault, dropout, where in ((wrong_when_narrow, 0.3, "y of k"), (forgets_a_path, 0.0, "gradient of x2")):
         provider = BlockProvider(spoiled(fault))
-        assert f"wrong: {where}" in gate(provider, replace(BLOCK, dropout=dropout), check_block)
+        assert f"wrong: {where}" in gate(provider, replace(BLOCK, dropout=dropout), check_linears)
 
 
 def test_a_block_compiles_as_one_function() -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from lowrank_fused import cli, tuning
 from lowrank_fused.benchmark import Case, Step
+from lowrank_fused.benchmark.linears import check_linears
 from lowrank_fused.benchmark.timing import cpu_clock
 from lowrank_fused.kernels import measured
 from lowrank_fused.kernels.tables import Table, read, shipped_path
@@ -23,7 +24,7 @@ from lowrank_fused.target import Target
 from lowrank_fused.tools.model_shapes import LinearShape
 from lowrank_fused.tuning import Measuring, Store, cases_for, dump, shipped_table, tune, verdict
 from lowrank_fused.tuning import run as tuner
-from lowrank_fused.tuning.group import GroupCase, GroupProvider, check_group
+from lowrank_fused.tuning.group import GroupCase, GroupProvider
 from lowrank_fused.tuning.store import key_of
 
 CPU = torch.device("cpu")
@@ -278,9 +279,9 @@ def test_a_wrong_group_is_found_out() -> None:
             return *others, last * 1.01
 
     case = GroupCase(48, 128, 33, 4, 0.25, members=(64, 32, 32))
-    check_group(GroupProvider("addmm"), case)
-    with pytest.raises(AssertionError, match="y 2"):
-        check_group(Wrong("addmm"), case)
+    check_linears(GroupProvider("addmm"), case)
+    with pytest.raises(AssertionError, match="y of 2"):
+        check_linears(Wrong("addmm"), case)
 
 
 @pytest.mark.parametrize("arch", tuning.TARGETS)
