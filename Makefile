@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c 
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench-cpu bench-methods bench-peft gpu-check clean
+.PHONY: help venv demo test bench-smoke lint bench-cpu bench-methods bench-peft gpu-check clean
 
 help: ## list the verbs
 	@awk -F ': .*## ' '/^[a-z-]+:.* ## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,10 +42,16 @@ $(READY): $(FOR_DEMO)
 demo: $(FOR_DEMO) ## fine-tune MiniLM on movie reviews with PEFT, accelerated PEFT and our layers; results in out/demo
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m lowrank_fused.demo
 
-test: lint ## everything that CI runs: lint, types, tests, and each benchmark once
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 300 --durations 20
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(OLD_PEFT) $(BIN)/python -m pytest -n 2 --timeout 300 $(PEFT_TESTS)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest bench --benchmark-disable --timeout 300
+# Worksteal: a worker goes through neighbouring tests, which share fixtures and imports; one that is done early takes some.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 300
+
+test: $(READY) ## everything that CI runs: lint, types, tests, and each benchmark once
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint bench-smoke
+	$(PYTEST) -n 2 --dist worksteal --durations 20
+	PYTHONPATH=$(CURDIR)/$(OLD_PEFT) $(PYTEST) -n 2 --dist worksteal $(PEFT_TESTS)
+
+bench-smoke: $(READY)
+	$(PYTEST) bench --benchmark-disable
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.cpu --quick
 
 lint: $(READY) ## ruff and mypy
