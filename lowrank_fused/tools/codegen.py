@@ -139,10 +139,7 @@ class Request:
 
     def launches(self) -> list[Launch]:
         """The launches that are reported, in a fixed order."""
-        if self.calls:
-            return launches_of(self.arch, self.calls)
-        shipped = shipped_launches(self.arch)
-        return shipped if self.every_variant else covering(shipped)
+        return list(_reported(self))
 
     def unmasked(self, launch: Launch) -> Launch | None:
         """The twin that tells what the mask of a launch costs."""
@@ -157,6 +154,15 @@ class Request:
     def count(self) -> int:
         """How many binaries are compiled."""
         return len(_work(self))
+
+
+@lru_cache(maxsize=1)
+def _reported(request: Request) -> list[Launch]:
+    """What `Request.launches` lists; finding all that ships takes seconds."""
+    if request.calls:
+        return launches_of(request.arch, request.calls)
+    shipped = shipped_launches(request.arch)
+    return shipped if request.every_variant else covering(shipped)
 
 
 @lru_cache(maxsize=1)
