@@ -57,6 +57,7 @@ KERNEL_TESTS = (
     "grad_input",
     "linear",
     "test_add",
+    "test_branches",
     "gather",
     "stacked",
     "weight_factor",
