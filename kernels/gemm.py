@@ -217,13 +217,19 @@ def low_rank_product(
 
 
 @triton.jit
-def low_rank_descriptor_product(acc, u_desc, f_desc, row, col, R, BLOCK_R: tl.constexpr):
+def low_rank_descriptor_product(
+    acc, u_desc, f_desc, row, col, R, IN_ONE_STEP: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
     """acc + u[row:, :] · f[col:, :]ᵀ through descriptors, which read zeros beyond the edges.
 
-    Few steps, most often one: pipelined, their state would take registers beside the accumulator.
+    One step without a loop where a block holds all ranks. Several are not pipelined: the state of a loop, and more so
+    of a pipeline, takes registers beside the accumulator.
     """
-    for r in tl.range(0, R, BLOCK_R, num_stages=1):
-        acc = dot(u_desc.load([row, r]), f_desc.load([col, r]).T, acc)
+    if IN_ONE_STEP:
+        acc = dot(u_desc.load([row, 0]), f_desc.load([col, 0]).T, acc)
+    else:
+        for r in tl.range(0, R, BLOCK_R, num_stages=1):
+            acc = dot(u_desc.load([row, r]), f_desc.load([col, r]).T, acc)
     return acc
 
 

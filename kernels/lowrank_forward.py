@@ -62,7 +62,7 @@ def _lowrank_forward_tma_kernel(
     x_desc, w_desc, v_desc, b_desc, v_ptr, b_ptr, bias_ptr, y_desc,
     M, N, K, R,
     stride_vm,
-    W_ALONG_K: tl.constexpr, RANK_MULTIPLE: tl.constexpr,
+    W_ALONG_K: tl.constexpr, RANK_MULTIPLE: tl.constexpr, IN_ONE_STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The same through descriptors of x, W and y, with as many programs as SMs taking tiles in turn.
@@ -81,7 +81,7 @@ def _lowrank_forward_tma_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc = descriptor_product(acc, x_desc, w_desc, row, col, K, W_ALONG_K, BLOCK_K)
         if v_desc is not None:
-            acc = low_rank_descriptor_product(acc, v_desc, b_desc, row, col, R, BLOCK_R)
+            acc = low_rank_descriptor_product(acc, v_desc, b_desc, row, col, R, IN_ONE_STEP, BLOCK_R)
         else:
             acc = low_rank_product(acc, v_ptr, b_ptr, rows, cols, M, N, R, stride_vm, 1, R, BLOCK_R)
         if bias_ptr is not None:
@@ -91,33 +91,57 @@ def _lowrank_forward_tma_kernel(
 
 @lru_cache(1024)
 def choose_tile(
-    M: int, N: int, K: int, R: int, dtype: torch.dtype, access: Access, sms: int, thin_descriptors: bool = False
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dtype: torch.dtype,
+    access: Access,
+    sms: int,
+    *,
+    thin_descriptors: bool = False,
+    bounded: bool = False,
 ) -> Tile:
-    """Block sizes for y [M, N] on a GPU with `sms` multiprocessors.
+    """Block sizes for y [M, N] on a GPU with `sms` multiprocessors; `bounded` as `tiles` has it.
 
     Through descriptors v and B are read in one step up to rank 128: into the shared memory of the main loop, and each
     further step would wait for memory once more.
     """
-    return _for_thin(choose_gemm_tile(M, N, R, dtype, access, sms), R, thin_descriptors)
+    return _for_thin(choose_gemm_tile(M, N, R, dtype, access, sms), R, thin_descriptors, bounded)
 
 
-def _for_thin(tile: Tile, R: int, thin_descriptors: bool) -> Tile:
-    """The tile with the block of ranks in which v and B are read."""
-    if tile.use_tma and thin_descriptors:
-        return replace(tile, block_r=16 if R <= 16 else 64 if R <= 64 else 128)
-    return tile
+# Registers of a thread on sm_90, which come in eights, for the tiles whose accumulator takes 128 or 64 of them. So many
+# has the product without a low-rank term; with one the assembler takes up to 8 more, unless it is told that it may not.
+_REGISTERS = {(128, 256): 160, (128, 128): 104}
 
 
-def tiles(R: int, dtype: torch.dtype, access: Access, thin_descriptors: bool = False) -> list[Tuned]:
-    """All that `choose_tile` may return for such operands."""
-    return [Tuned(_for_thin(tile, R, thin_descriptors)) for tile, _ in gemm_tiles(R, dtype, access)]
+def _for_thin(tile: Tile, R: int, thin_descriptors: bool, bounded: bool) -> Tile:
+    """The tile with the block of ranks in which v and B are read, and the registers for it."""
+    if not (tile.use_tma and thin_descriptors):
+        return tile
+    limit = _REGISTERS.get((tile.block_m, tile.block_n)) if bounded else None
+    return replace(tile, block_r=16 if R <= 16 else 64 if R <= 64 else 128, max_registers=limit)
+
+
+def tiles(
+    R: int, dtype: torch.dtype, access: Access, *, thin_descriptors: bool = False, bounded: bool = False
+) -> list[Tuned]:
+    """All that `choose_tile` may return for such operands.
+
+    `thin_descriptors`: v and B come through descriptors too. `bounded`: then no more registers than without them; not
+    for a bias in fp32, which would be spilled.
+    """
+    return [Tuned(_for_thin(tile, R, thin_descriptors, bounded)) for tile, _ in gemm_tiles(R, dtype, access)]
 
 
 def _thin_operands(v: Tensor, b: Tensor, tile: Tile, by_descriptor: bool) -> dict[str, Any]:
     """v and B as arguments of the kernel with descriptors.
 
-    Through descriptors the low-rank term takes at most 3 registers beside the product on sm_90, through pointers 10
-    to 33, and more where their elements are read one by one.
+    What the low-rank term adds to the registers of the product on sm_90 at ranks up to 128: through descriptors at most
+    4 (5 beside a bias in fp32). Through pointers, which is how rows of v or B that are not 16-byte aligned and B in
+    fp32 are read: 27 to 40 at ranks that are multiples of 4, 29 to 59 at those of 2, 3 to 101 at odd ones, 23 to 96
+    with B in fp32. Never shared memory, never a spill. With v through a descriptor and B through pointers it would be
+    up to 100, and 240 bytes spilled where no more registers are allowed than without.
     """
     if not by_descriptor:
         return {"v_desc": None, "b_desc": None, "v_ptr": v, "b_ptr": b}
@@ -141,11 +165,13 @@ def lowrank_forward(
     v, b = with_adjacent_ranks(v), b.contiguous()
     thin_descriptors = v.dtype == b.dtype and has_aligned_rows(v, 16) and has_aligned_rows(b, 16)
     if tile is None:
-        access = access_of(x, w, y, arch=arch_of(x))
+        arch = arch_of(x)
+        access = access_of(x, w, y, arch=arch)
         variant = f"{access}, v and B too" if thin_descriptors else access
-        among = partial(tiles, R, x.dtype, access, thin_descriptors)
-        tuned = tuned_tile("lowrank_forward", x, arch_of(x), (N, K, R), variant, among)
-        tile = tuned.tile if tuned else choose_tile(M, N, K, R, x.dtype, access, sm_count(x), thin_descriptors)
+        bounded = arch == 90 and (bias is None or bias.dtype == x.dtype)
+        thin = {"thin_descriptors": thin_descriptors, "bounded": bounded}
+        tuned = tuned_tile("lowrank_forward", x, arch, (N, K, R), variant, partial(tiles, R, x.dtype, access, **thin))
+        tile = tuned.tile if tuned else choose_tile(M, N, K, R, x.dtype, access, sm_count(x), **thin)
     args = {"bias_ptr": None if bias is None else bias.contiguous(), **blocks_of(tile)}
     args |= {"M": M, "N": N, "K": K, "R": R, "stride_vm": v.stride(0), "RANK_MULTIPLE": rank_multiple(R, v.stride(0))}
     programs = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
@@ -154,7 +180,7 @@ def lowrank_forward(
         args["x_desc"] = descriptor(x, tile.block_m, tile.block_k)
         args["w_desc"] = descriptor(w, tile.block_n, tile.block_k)
         args["y_desc"] = descriptor(y, tile.block_m, tile.block_n)
-        args["W_ALONG_K"] = w.stride(1) == 1
+        args |= {"W_ALONG_K": w.stride(1) == 1, "IN_ONE_STEP": thin_descriptors and tile.block_r >= R}
         args |= _thin_operands(v, b, tile, thin_descriptors)
     else:
         kernel, grid = _lowrank_forward_kernel, programs

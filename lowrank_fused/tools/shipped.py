@@ -82,6 +82,8 @@ def _cases() -> Iterator[CallCase]:
         yield CallCase(m, n, n, p=0.1, r=64, routes=(SPLIT,))
         yield CallCase(m, n, n, r=128, routes=(SPLIT,))
         yield CallCase(m, n + 4, n + 4, p=0.1, routes=(SPLIT,))
+        for r in (16, 64, 128):  # every block of ranks beside a weight [K, N], forward alone
+            yield CallCase(m, n, n, r=r, conv1d=True, frozen="xab", routes=(SPLIT,))
     yield CallCase(p=0.1, dtype=torch.float32)
     yield CallCase(8, p=0.1, dtype=torch.float32, routes=(SPLIT,))
     yield CallCase(r=64, dtype=torch.float32, routes=(SPLIT,))

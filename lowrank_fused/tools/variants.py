@@ -99,8 +99,9 @@ def without_low_rank(launch: Launch) -> Launch | None:
     if not launch.name.startswith("lowrank_forward"):
         return None
     # What is left of the low-rank term in the arguments is the same at any rank, so that ranks share one binary.
-    rank = {"R": 0, "stride_vm": 16, "RANK_MULTIPLE": 16, "BLOCK_R": 16}
-    return _RankZero(launch.kernel, launch.grid, {**launch.args, **rank}, launch.tile)
+    rank = {"R": 0, "stride_vm": 16, "RANK_MULTIPLE": 16, "IN_ONE_STEP": False, "BLOCK_R": 16}
+    args = {name: rank.get(name, value) for name, value in launch.args.items()}
+    return _RankZero(launch.kernel, launch.grid, args, launch.tile)
 
 
 class _RankZero(Launch):
