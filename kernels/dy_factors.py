@@ -208,8 +208,8 @@ def dy_factors(
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r, BLOCK=128 * tile.num_warps,
         ),
         tile,
-        reads=(dy, b, s, ds_parts, db_parts),
-        writes=(ds_parts, db_parts, ds, db),
+        reads=(dy, b, s, core, ds_parts, db_parts, dcore_parts),
+        writes=(ds_parts, db_parts, dcore_parts, ds, db, dcore),
         flops=4 * M * N * R,
     ).run()  # fmt: skip
     return DyFactors(ds, db, dcore)

@@ -23,6 +23,7 @@ from ..routes.fused import SPLIT, THIN
 from ..routes.problem import GroupOptions, GroupRoute, Options, Route
 from ..routes.single import SINGLE
 from ..tools.model_shapes import LinearShape
+from .closed_forms import partial_sums
 from .groups import Members
 from .passes import Pass, Setting, Step
 
@@ -78,8 +79,7 @@ def _of_launch(launch: Launch) -> Pass:
         for name, value in launch.args.items()
         if isinstance(base := getattr(value, "base", value), Tensor)
     }
-    parts = {name for name in tensors if name.endswith("_parts")}
-    shown = [name for name in tensors if name not in parts and name != "counters"]
+    shown = [name for name in tensors if not name.endswith("parts") and name != "counters"]
     is_product = launch.name.startswith(_PRODUCTS)
     return Pass(
         launch.name.removesuffix("_tma"),
@@ -88,7 +88,7 @@ def _of_launch(launch: Launch) -> Pass:
         launch.bytes_written,
         launch.flops,
         "product" if is_product else "thin",
-        scratch=2 * sum(tensors[name].nbytes for name in parts),
+        scratch=partial_sums(launch),
         again=_done_again(launch),
     )
 

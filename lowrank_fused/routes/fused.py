@@ -162,7 +162,7 @@ def _dy_side_of(
     s = None if s is None else s[:, ranks]
     if not wants_b or b.shape[1] <= one_pass_max_rank(dy.dtype, arch_of(dy)):
         return dy_factors(dy, b, s if wants_b else None, scale=scale, want_db=wants_b, out=ds[:, ranks])[1]
-    ds[:, ranks] = shrink(dy, b.t(), scale=scale, keep_s=False)[1]
+    dy_factors(dy, b, None, scale=scale, want_db=False, out=ds[:, ranks])
     return None if s is None else factor_grad(dy, s.contiguous(), scale=scale, dtype=b.dtype).t()
 
 
