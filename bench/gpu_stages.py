@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -91,6 +91,10 @@ class Setting:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     routes: tuple[str, ...] = ("split", "thin", "single")
     timed_tokens: tuple[int, ...] = (8192, 1024)
+    # Further sizes and tokens of others' kernels: those that they publish figures for.
+    published: Mapping[str, Sequence[tuple[tuple[int, int], int]]] = field(
+        default_factory=lambda: {"lorafusion": [((k, k), m) for m in (8192, 2048) for k in (4096, 5120, 8192)][1:]}
+    )
     timed_ranks: tuple[int, ...] = (16, 64)
     block: tuple[int, int, int] = (4096, 14336, 1024)  # hidden size, that of the MLP, that of k and v
     steps: tuple[CausalCase, ...] = field(
@@ -247,8 +251,9 @@ def layer_cases(setting: Setting) -> Iterator[Case]:
         names = ("frozen", "eager", "compile", "auto")
         yield Case(f"compile {titled(layer)}", partial(bench_layer, layer, names, setting.budget_s))
     for name in PUBLISHED:
-        for p in setting.dropouts:
-            layer = setting.layer(*square, first, p, dtype)
+        sizes = [square, *setting.published.get(name, ())]
+        for (shape, tokens), p in product(sizes, setting.dropouts):
+            layer = setting.layer(shape, tokens, first, p, dtype)
             yield Case(f"{name} {titled(layer)}", partial(bench_published, layer, name, setting.budget_s))
 
 

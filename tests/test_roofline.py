@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -327,7 +328,7 @@ def test_goal_lines_agree_with_the_model() -> None:
         found = predict(LLAMA, list(PROVIDERS), Setting(dropout=p), aim)
         rival = block(p, e=0.95)["lorafusion"]
         for goal in GOAL_LINES:
-            if goal.gpu != "H100" or goal.least_tokens != 4096:
+            if goal.gpu != "H100" or goal.least_tokens != 4096 or not goal.offered:
                 continue
             rows = {row.provider: row for row in found if row.scope.startswith(goal.scope) and "+" not in row.scope}
             ours = rows["split" if rows["split"].layers == 1 else "split-grouped"]
@@ -339,13 +340,33 @@ def test_goal_lines_agree_with_the_model() -> None:
             assert aimed == pytest.approx(goal.lines(p > 0)["aim"], rel=0.01), goal
 
 
+@pytest.mark.parametrize("width", [4096, 5120, 8192])
+def test_goals_at_the_sizes_of_others_agree_with_the_model(width: int) -> None:
+    """Against LoRAFusion the aim asks for more than the model at equal e promises, and for less than the limit."""
+    square = [LinearShape("", width, width, bias=False, count=1)]
+    aim = Assumptions(H100, 0.97, thin_share=0.9, scratch_share=0.0)
+    for p in (0.0, 0.1):
+        rows = {row.provider: row for row in predict(square, ["split", "lorafusion", "eager"], Setting(dropout=p), aim)}
+        goals = {goal.baseline: goal for goal in goal_lines("H100", 8192, f"{width} -> {width}")}
+        assert goals["eager"].lines(p > 0)["aim"] == pytest.approx(rows["split"].speedup, rel=0.01)
+        of_limit = rows["eager"].speedup / rows["eager"].share_of_limit
+        assert goals["eager"].lines(p > 0)["ceiling"] == pytest.approx(of_limit, abs=0.006)
+        promised = rows["lorafusion"].us / rows["split"].us
+        aimed = goals["lorafusion"].lines(p > 0)["aim"]
+        assert promised < aimed < promised * of_limit / rows["split"].speedup
+        assert goals["lorafusion"].lines(p > 0)["must"] <= promised + 0.01
+
+
 def test_standing_against_goal_lines() -> None:
     price = GoalLine("frozen", "block", (1.12, 1.13), (1.08, 1.09), None, (1.0, 1.0))
     assert price.standing(None, True) == "not measured"
     assert [price.standing(at, False) for at in (1.2, 1.12, 1.08, 0.99)] == ["below must", "must", "aim", "ceiling"]
     gain = GoalLine("eager", "block", (1.2, 1.3), (1.3, 1.4), (1.35, 1.45), (1.4, 1.5))
     assert [gain.standing(at, True) for at in (1.29, 1.3, 1.44, 1.45)] == ["below must", "must", "aim", "stretch"]
+    assert replace(gain, offered=False).standing(None, True) == "not offered"
     assert [goal.note for goal in goal_lines("H100", 1024)] == ["1024 tokens, 2 µs a launch"]
+    widths = [f"{k} -> {k}" for k in (4096, 5120, 8192)]
+    assert [goal.scope for goal in goal_lines("H100", 2048)] == widths * 2
     assert [goal.lines(True)["aim"] for goal in goal_lines("H100", 8192, "block", "eager")] == [1.40]
     assert [goal.gpu for goal in goal_lines("A100", 8192)] == ["A100"]
     assert goal_lines("B200", 8192) == []

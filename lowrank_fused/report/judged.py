@@ -11,20 +11,28 @@ from .results import OURS, Results, best_clock, same_case
 
 __all__ = ["Judgement", "judge"]
 
-# Sizes (in, out) of the linears of a Llama-3-8B block, by the scope that goals name.
+# Sizes (in, out) of the layers that goals name; of a block those that tell it from others.
 SCOPES = {
     "q_proj, o_proj": (4096, 4096),
     "gate_proj, up_proj": (4096, 14336),
     "down_proj": (14336, 4096),
     "k_proj, v_proj": (4096, 1024),
     "block": (4096, 14336),
+    "4096 -> 4096": (4096, 4096),
+    "5120 -> 5120": (5120, 5120),
+    "8192 -> 8192": (8192, 8192),
 }
-TOKENS = (8192, 4096, 1024)
+TOKENS = (8192, 4096, 2048, 1024)
 DROPOUTS = (0.0, 0.1)
 RANK = 16
 # The goal's "addmm" is the form of other trainers; the route of that name is ours, and measured beside it.
 MEASURED_AS = {"addmm": "three-gemm"}
-NAMES = {"addmm": "three GEMMs (unsloth, axolotl)", "eager-fp32": "PEFT, fp32 adapters", "eager": "PEFT"}
+NAMES = {
+    "addmm": "three GEMMs (unsloth, axolotl)",
+    "eager-fp32": "PEFT, fp32 adapters",
+    "eager-fp8": "PEFT on a linear in fp8",
+    "eager": "PEFT",
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,8 @@ def _tokens(results: Results) -> list[int]:
 
 def _measured(results: Results, goal: GoalLine, tokens: int, dropout: float) -> tuple[float | None, str | None]:
     """The ratio from rows of one case and one clock, and which provider of ours it is of."""
+    if not goal.offered:
+        return None, None
     what, (k, n) = ("block" if goal.scope == "block" else "layer"), SCOPES[goal.scope]
     wanted = (what, k, n, tokens, RANK, dropout, "bf16", "both")
     rows = [
@@ -103,7 +113,9 @@ def _ratio(ours: Row, baseline: Row, goal: GoalLine) -> float | None:
 
 
 def reached(judgements: Sequence[Judgement]) -> str:
-    """One sentence: how many goals were measured, and how many of those reach "must"."""
+    """One sentence: how many goals were measured, how many of those reach "must", how many are not offered."""
     measured = [j for j in judgements if j.measured is not None]
     good = [j for j in measured if j.standing != "below must"]
-    return f"{len(measured)} of {len(judgements)} goal lines measured, {len(good)} of these reach must or better"
+    told = f"{len(measured)} of {len(judgements)} goal lines measured, {len(good)} of these reach must or better"
+    absent = sum(not j.goal.offered for j in judgements)
+    return f"{told}, {absent} for what this package does not offer" if absent else told

@@ -24,7 +24,6 @@ GPU_FACTS = {
     "temperature_c": "temperature [°C]",
 }
 VERSIONS = ("lowrank_fused", "torch", "triton", "peft", "transformers", "python", "torch_cuda")
-NO_MEASUREMENT = "not measured"
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def _goal_lines(results: Results) -> Table:
                 str(j.tokens),
                 f"{j.dropout:g}",
                 *(_number(lines.get(name), "g", "x") for name in ("must", "aim", "stretch", "ceiling")),
-                NO_MEASUREMENT if j.measured is None else f"{j.measured:.3f}x ({j.provider})",
+                j.standing if j.measured is None else f"{j.measured:.3f}x ({j.provider})",
                 "" if j.measured is None else j.standing,
             )
         )
