@@ -1,4 +1,4 @@
-"""Up to three factors that a kernel reads as the rows of one, [A; A2; A3]: no copy joins them."""
+"""Factors as kernels read them: up to three as the rows of one, [A; A2; A3], without a copy; one with aligned rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["as_rows", "row_arguments", "row_pointers"]
+from .tile import cast
+
+__all__ = ["as_rows", "copy_rows", "row_arguments", "row_pointers"]
 
 _MOST = 3
 
@@ -25,6 +27,22 @@ def row_pointers(a_ptr, a2_ptr, a3_ptr, r2, r3, offs_r, stride_ar):
     if a3_ptr is not None:
         rows = tl.where(offs_r < r3, rows, a3_ptr + (offs_r - r3) * stride_ar)
     return rows
+
+
+@triton.jit
+def copy_rows(b_ptr, rows_ptr, N, RV, stride, BLOCK: tl.constexpr):
+    """rows [N, RV] = b [N, RV], whose rows follow one another, cast; in `rows` they are `stride` apart.
+
+    All programs of the launch share the work.
+    """
+    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    for start in range(program * BLOCK, N * stride, programs * BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        row, rank = offs // stride, offs % stride
+        mask = (row < N) & (rank < RV)
+        b = tl.load(b_ptr + row * RV + rank, mask=mask, other=0.0)
+        tl.store(rows_ptr + offs, cast(b, rows_ptr.dtype.element_ty), mask=mask)
 
 
 def as_rows(a: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -29,7 +29,7 @@ from .launch import Launch, Tile, arch_of, cdiv, sm_count, with_adjacent_ranks
 from .measured import Tuned, tuned_tile
 from .tile import cast, grouped_order
 
-__all__ = ["choose_tile", "lowrank_forward", "tiles"]
+__all__ = ["aligned_rows", "choose_tile", "lowrank_forward", "tiles"]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -138,15 +138,32 @@ def _thin_operands(v: Tensor, b: Tensor, tile: Tile, by_descriptor: bool) -> dic
     """v and B as arguments of the kernel with descriptors.
 
     What the low-rank term adds to the registers of the product on sm_90 at ranks up to 128: through descriptors at most
-    4 (5 beside a bias in fp32). Through pointers, which is how rows of v or B that are not 16-byte aligned and B in
-    fp32 are read: 27 to 40 at ranks that are multiples of 4, 29 to 59 at those of 2, 3 to 101 at odd ones, 23 to 96
-    with B in fp32. Never shared memory, never a spill. With v through a descriptor and B through pointers it would be
-    up to 100, and 240 bytes spilled where no more registers are allowed than without.
+    4 (5 beside a bias in fp32). Through pointers 27 to 40 at ranks that are multiples of 4, 29 to 59 at those of 2, 3
+    to 101 at odd ones, 23 to 96 with B in fp32. Never shared memory, never a spill. With v through a descriptor and B
+    through pointers it would be up to 100. So `aligned_rows` has B copied where its rows or its dtype ask for pointers;
+    only layers of a group, whose v are columns of one matrix, then keep to them.
     """
     if not by_descriptor:
-        return {"v_desc": None, "b_desc": None, "v_ptr": v, "b_ptr": b}
+        return {"v_desc": None, "b_desc": None, "v_ptr": v, "b_ptr": b.contiguous()}
     blocks = {"v_desc": descriptor(v, tile.block_m, tile.block_r), "b_desc": descriptor(b, tile.block_n, tile.block_r)}
     return {**blocks, "v_ptr": None, "b_ptr": None}
+
+
+def _has_aligned_ranks(u: Tensor) -> bool:
+    return u.stride(1) == 1 and has_aligned_rows(u, 16)
+
+
+def aligned_rows(b: Tensor, x: Tensor, w: Tensor) -> Tensor | None:
+    """Room for a copy of b [N, R] in x's dtype with rows that a descriptor can read, for `shrink` to fill.
+
+    None where b may be read as it is, or where x, W and y are not read through descriptors anyway.
+    """
+    N, R = b.shape
+    if b.dtype == x.dtype and _has_aligned_ranks(b):
+        return None
+    if N % 8 or b.numel() >= 2**30 or access_of(x, w, arch=arch_of(x)) != "descriptors":
+        return None
+    return torch.empty((N, 8 * cdiv(R, 8)), dtype=x.dtype, device=x.device)[:, :R]
 
 
 def lowrank_forward(
@@ -162,8 +179,8 @@ def lowrank_forward(
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    v, b = with_adjacent_ranks(v), b.contiguous()
-    thin_descriptors = v.dtype == b.dtype and has_aligned_rows(v, 16) and has_aligned_rows(b, 16)
+    v, b = with_adjacent_ranks(v), with_adjacent_ranks(b)
+    thin_descriptors = v.dtype == b.dtype and _has_aligned_ranks(v) and _has_aligned_ranks(b)
     if tile is None:
         arch = arch_of(x)
         access = access_of(x, w, y, arch=arch)
@@ -186,6 +203,6 @@ def lowrank_forward(
         kernel, grid = _lowrank_forward_kernel, programs
         args |= {"x_ptr": x, "stride_xm": x.stride(0), "stride_xk": x.stride(1)}
         args |= {"w_ptr": w, "stride_wn": w.stride(0), "stride_wk": w.stride(1), "y_ptr": y}
-        args |= {"v_ptr": v, "b_ptr": b}
+        args |= {"v_ptr": v, "b_ptr": b.contiguous()}
     Launch(kernel, (grid,), args, tile, (x, w, v, b, bias), (y,), 2 * M * N * (K + R)).run()
     return y

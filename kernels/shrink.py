@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import draw_bits, keep_scale, lane_threshold, spread_bits
-from .factor_rows import as_rows, row_arguments, row_pointers
+from .factor_rows import as_rows, copy_rows, row_arguments, row_pointers
 from .launch import Launch, Tile, arch_of, cdiv, shared_bytes, sm_count, zeroed_counters
 from .measured import Tuned, tuned_tile
 from .tables import bucket
@@ -65,11 +65,11 @@ def _finish(
         _store_core(s, core_ptr, v_ptr, offs_m, offs_r, mask_m, R, RV, scale, stride_vm, CORE, BLOCK_M, BLOCK_V)
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "split", "r2", "r3"])
+@triton.jit(do_not_specialize=["M", "N", "threshold", "split", "r2", "r3"])
 def _shrink_kernel(
-    x_ptr, a_ptr, a2_ptr, a3_ptr, core_ptr, seed_ptr, bits_ptr, t_ptr,
-    parts_ptr, counters_ptr, s_ptr, v_ptr, mask_ptr, dcore_parts_ptr,
-    M, K, R, RV, r2, r3, chunk_k, split,
+    x_ptr, a_ptr, a2_ptr, a3_ptr, b_ptr, core_ptr, seed_ptr, bits_ptr, t_ptr,
+    parts_ptr, counters_ptr, s_ptr, v_ptr, rows_ptr, mask_ptr, dcore_parts_ptr,
+    M, N, K, R, RV, r2, r3, chunk_k, split,
     scale, keep_scale, threshold,
     stride_xm, stride_xk,
     stride_ar, stride_ak,
@@ -84,7 +84,10 @@ def _shrink_kernel(
     With parts [split, M, R], `split` programs share these, each with chunk_k columns of x. They store their parts of s;
     the last one to arrive sums them in the order of the columns and goes on as one program does on its own.
     With t [M, R], also the row block's share of Σ_t scale · s ∘ t (the gradient of a diagonal core, s being dy B).
+    With b [N, RV], also a copy of it in rows as far apart as those of v.
     """
+    if b_ptr is not None:
+        copy_rows(b_ptr, rows_ptr, N, RV, stride_vm, 512)
     pid_r = tl.program_id(0)
     pid_m, pid_k = tl.program_id(1).to(tl.int64), tl.program_id(2)
     IO: tl.constexpr = x_ptr.dtype.element_ty
@@ -281,6 +284,7 @@ def shrink(
     seed: Tensor | None = None,
     bits: Tensor | None = None,
     keep_s: bool = True,
+    copy: tuple[Tensor, Tensor] | None = None,
     tile: Tile | None = None,
     split: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,7 +294,8 @@ def shrink(
     read as the rows of one. `core` is d [R], C [Rv, R] or g [M, E]
     as `core_kind` says (diag, dense, gate). `seed` is an int64 [1] on x's device; given the packed `bits` of a mask,
     nothing is drawn and these come back. s and v have x's dtype, each rounded once; s is empty without `keep_s`, mask
-    without dropout. Reads x and a once, 2MKR FLOP. `split` programs share the columns of x where a tile is given.
+    without dropout. `copy` (b, rows): b [N, Rv] is cast into `rows` by the same launch, and v gets their stride.
+    Reads x and a once, 2MKR FLOP. `split` programs share the columns of x where a tile is given.
     Sums have an order that the shapes fix.
     """
     factors = as_rows(a)
@@ -315,18 +320,23 @@ def shrink(
     # C meets all ranks of s at once. Beyond one block of them it is a product of its own, on [M, R].
     fused = core_kind != "dense" or max(R, RV) <= tile.block_r
     s = torch.empty((M, R), dtype=x.dtype, device=x.device) if keep_s or not fused else x.new_empty(0)
-    v = torch.empty((M, RV), dtype=x.dtype, device=x.device) if fused else None
+    v = None
+    if fused:
+        width = RV if copy is None else copy[1].stride(0)
+        v = torch.empty((M, width), dtype=x.dtype, device=x.device)[:, :RV]
     mask = x.new_empty(0, dtype=torch.uint8)
     if dropout_p:
         mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if bits is None else bits
     if M:
         launch_shrink(
             x, factors, s if keep_s or not fused else None, v, scale=scale, core=core, core_kind=core_kind,
-            dropout_p=dropout_p, seed=seed, bits=bits, mask=mask, tile=tile, split=split,
+            dropout_p=dropout_p, seed=seed, bits=bits, mask=mask, copy=copy if fused else None, tile=tile, split=split,
         )  # fmt: skip
     if v is None:
         assert core is not None
         v = torch.mm(s, core.t().to(s.dtype)).mul_(scale)
+        if copy is not None:
+            copy[1].copy_(copy[0])
     return s, v, mask
 
 
@@ -347,12 +357,14 @@ def launch_shrink(
     mask: Tensor | None = None,
     t: Tensor | None = None,
     dcore_parts: Tensor | None = None,
+    copy: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """One launch that fills those of s, v, mask and (given t [M, R]) dcore_parts [row blocks, R] that are there.
 
     a as `as_rows` returns it. v and t may be some columns of wider matrices. At most `split` programs share the
-    columns of a block of x.
+    columns of a block of x. `copy` (b, rows) has rows with v's stride.
     """
+    b, rows = (None, None) if copy is None else (copy[0].contiguous(), copy[1])
     (M, K), R = x.shape, sum(factor.shape[0] for factor in a)
     row_blocks, rank_blocks = cdiv(M, tile.block_m), cdiv(R, tile.block_r)
     chunk_k = tile.block_k * cdiv(cdiv(K, tile.block_k), split)
@@ -365,11 +377,11 @@ def launch_shrink(
         _shrink_kernel,
         (rank_blocks, row_blocks, split),
         dict(
-            x_ptr=x, **row_arguments(a), core_ptr=None if core is None else core.contiguous(),
+            x_ptr=x, **row_arguments(a), b_ptr=b, core_ptr=None if core is None else core.contiguous(),
             seed_ptr=seed if drawn is not None else None, bits_ptr=bits, t_ptr=t,
             parts_ptr=parts, counters_ptr=None if parts is None else zeroed_counters(x, row_blocks * rank_blocks),
-            s_ptr=s, v_ptr=v, mask_ptr=drawn, dcore_parts_ptr=dcore_parts,
-            M=M, K=K, R=R, RV=RV, chunk_k=chunk_k, split=split,
+            s_ptr=s, v_ptr=v, rows_ptr=rows, mask_ptr=drawn, dcore_parts_ptr=dcore_parts,
+            M=M, N=0 if b is None else b.shape[0], K=K, R=R, RV=RV, chunk_k=chunk_k, split=split,
             scale=float(scale), keep_scale=keep_scale(dropout_p), threshold=lane_threshold(dropout_p),
             stride_xm=x.stride(0), stride_xk=x.stride(1), stride_ar=a[0].stride(0), stride_ak=a[0].stride(1),
             stride_vm=0 if v is None else v.stride(0), stride_tm=0 if t is None else t.stride(0),
@@ -377,7 +389,7 @@ def launch_shrink(
             BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r, BLOCK_V=block_v,
         ),
         tile,
-        reads=(x, *a, core, bits, t, parts),
-        writes=(s, v, drawn, dcore_parts, parts),
+        reads=(x, *a, b, core, bits, t, parts),
+        writes=(s, v, rows, drawn, dcore_parts, parts),
         flops=2 * M * K * R,
     ).run()  # fmt: skip

@@ -152,6 +152,41 @@ def test_v_is_read_where_it_lies_in_a_wider_matrix(r, dtype, use_tma, device):
         assert (args["v_desc"].base if by_descriptor else args["v_ptr"]).data_ptr() == v.data_ptr()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("r", [16, 5, 1])
+def test_b_whose_rows_no_descriptor_can_read_is_copied_on_the_way(r, dtype, layout, device):
+    """By the launch that makes v, where x, W and y go through descriptors: the product then reads both through them."""
+    from lowrank_fused.kernels.launch import record, targeting
+    from lowrank_fused.kernels.lowrank_forward import aligned_rows
+    from lowrank_fused.routes.fused import SPLIT
+    from lowrank_fused.routes.problem import Options
+
+    skip_without_descriptors(True, device)
+
+    def make(*shape):
+        return integer_operand(*shape, low=-1, high=1, dtype=torch.float16).to(device)
+
+    x, w, a, b = make(45, 64), weight(56, 64, layout, make), make(r, 64), make(56, r).to(dtype)
+    o = Options(0.5, "none", 0.0, *(False,) * 5)
+    with targeting(90), record() as launches:
+        y, _ = SPLIT.forward(x, w, a, b, None, None, None, o)
+        needless = [
+            aligned_rows(make(56, 8), x, w),
+            aligned_rows(b[:52], x, w[:52]),
+            aligned_rows(b, x.float(), w.float()),
+        ]
+    wide = [t.double() for t in (x, w, a, b)]
+    assert torch.equal(y, reference(wide[0], wide[1], 0.5 * wide[0] @ wide[2].t(), wide[3]).half())
+    of_shrink, of_product = launches
+    copied = r % 8 or dtype == torch.float32
+    assert (of_shrink.args["b_ptr"] is b) if copied else (of_shrink.args["b_ptr"] is None)
+    assert of_product.args["v_desc"] is not None and of_product.args["v_ptr"] is None
+    assert needless == [None] * 3
+    with targeting(80):
+        assert aligned_rows(b, x, w) is None or device.type == "cuda"
+
+
 def test_result_does_not_depend_on_the_tile(device):
     from lowrank_fused.kernels.lowrank_forward import lowrank_forward
 

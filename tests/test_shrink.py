@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -108,6 +110,34 @@ def test_large_ranks_with_a_core(kind, device):
     core = cores(kind, 9, 150, integer_operand, device)
     s, v, _ = shrink(x, a, scale=2.0, core=core, core_kind=kind, tile=small_tile(150))
     assert torch.equal(s, x @ a.t()) and torch.equal(v, 2.0 * apply_core(s, kind, core))
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("kind", ["none", "gate", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_b_is_copied_into_rows_as_far_apart_as_those_of_v(dtype, kind, split, device):
+    from lowrank_fused.kernels.shrink import shrink
+
+    m, n, k, r = 33, 700, 64, 5
+    make = partial(integer_operand, low=-1, high=1)
+    x, a = make(m, k, dtype=torch.float16).to(device), make(r, k, dtype=torch.float16).to(device)
+    core = cores(kind, m, r, partial(make, dtype=torch.float16), device)
+    rv = {"none": r, "gate": 3 * r, "dense": r + 3}[kind]
+    b = torch.randn(n, rv, device=device).to(dtype)
+    room = torch.full((n, 24), float("nan"), dtype=torch.float16, device=device)
+    _, v, _ = shrink(x, a, core=core, core_kind=kind, copy=(b, room[:, :rv]), tile=small_tile(r), split=split)
+    assert torch.equal(room[:, :rv], b.half()) and room[:, rv:].isnan().all(), "no element beside the rows is written"
+    assert v.stride() == (24, 1)
+    assert torch.equal(v, apply_core(x.double() @ a.double().t(), kind, core).half())
+
+
+def test_b_is_copied_beside_a_dense_core_of_many_ranks(device):
+    from lowrank_fused.kernels.shrink import shrink
+
+    x, a, core = (integer_operand(*shape, high=1).to(device) for shape in ((9, 20), (150, 20), (140, 150)))
+    b, rows = integer_operand(30, 140).to(device), torch.empty(30, 144, device=device)[:, :140]
+    shrink(x, a, core=core, core_kind="dense", keep_s=False, copy=(b, rows), tile=small_tile(150))
+    assert torch.equal(rows, b)
 
 
 def test_s_is_optional(device):

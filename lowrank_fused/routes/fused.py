@@ -21,7 +21,7 @@ from lowrank_fused.kernels.dy_factors import dy_factors, one_pass_max_rank
 from lowrank_fused.kernels.expand import expand
 from lowrank_fused.kernels.grad_input import grad_input
 from lowrank_fused.kernels.launch import arch_of
-from lowrank_fused.kernels.lowrank_forward import lowrank_forward
+from lowrank_fused.kernels.lowrank_forward import aligned_rows, lowrank_forward
 from lowrank_fused.kernels.shrink import shrink
 from lowrank_fused.kernels.x_factors import factor_grad, x_factors
 
@@ -49,9 +49,10 @@ class KernelRoute:
         o: Options,
     ) -> tuple[Tensor, Saved]:
         """y and what backward needs; x [M, K]."""
-        v, saved = _shrunk(x, a, core, drop, o)
+        rows = aligned_rows(b, x, weight) if self.carries else None
+        v, saved = _shrunk(x, a, core, drop, o, None if rows is None else (b, rows))
         if self.carries:
-            return lowrank_forward(x, weight, v, b, bias=bias), saved
+            return lowrank_forward(x, weight, v, b if rows is None else rows, bias=bias), saved
         return expand(v, b, bias=bias).addmm_(x, weight.t()), saved
 
     def add_forward(
@@ -166,12 +167,19 @@ def _dy_side_of(
     return None if s is None else factor_grad(dy, s.contiguous(), scale=scale, dtype=b.dtype).t()
 
 
-def _shrunk(x: Tensor, a: Tensor, core: Tensor | None, drop: Tensor | None, o: Options) -> tuple[Tensor, Saved]:
-    """v = scale · core(s), and what backward needs."""
+def _shrunk(
+    x: Tensor,
+    a: Tensor,
+    core: Tensor | None,
+    drop: Tensor | None,
+    o: Options,
+    copy: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Saved]:
+    """v = scale · core(s), and what backward needs; `copy` as `shrink` has it."""
     bits = drop if drop is not None and drop.dtype == torch.uint8 else None
     s, v, mask = shrink(
         x, a, scale=o.scale, core=core, core_kind=o.core_kind,
-        dropout_p=o.dropout_p, seed=drop if bits is None else None, bits=bits, keep_s=o.keeps_s,
+        dropout_p=o.dropout_p, seed=drop if bits is None else None, bits=bits, keep_s=o.keeps_s, copy=copy,
     )  # fmt: skip
     return v, Saved(s if o.keeps_s else None, mask if o.dropout_p else None)
 
