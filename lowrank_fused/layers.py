@@ -188,12 +188,13 @@ class LowRankLinear(nn.Module):
         group = None if torch.compiler.is_compiling() else self.__dict__.get(GROUP)
         if group is not None and (y := group.output(self, x)) is not None:
             return y
+        matrix = self.matrix
         if self.merged or not (self.enabled or self.residual):
-            return F.linear(x, self.matrix, self.bias)
-        terms = self.method.terms(self, self.matrix, x) if self.enabled else self._taken_out(self.matrix, x)
+            return F.linear(x, matrix, self.bias)
+        terms = self.method.terms(self, matrix, x) if self.enabled else self._taken_out(matrix, x)
         return lowrank_linear(
             x,
-            self.matrix,
+            matrix,
             terms.a,
             terms.b,
             scale=terms.scale,

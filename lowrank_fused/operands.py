@@ -176,9 +176,10 @@ def check_factors(
         vector = others.get(name)
         if vector is not None and list(vector.shape) != [n]:
             raise ValueError(f"{name} must be [out_features] = [{n}], got {list(vector.shape)}")
-    for name, tensor in ({"a": a, "b": b, "core": core} | others).items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; move them to one device")
+    device = x.device
+    for name, tensor in (("a", a), ("b", b), ("core", core), *others.items()):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} but x is on {device}; move them to one device")
 
 
 def check_dtypes(x: Tensor, a: Tensor, b: Tensor) -> None:

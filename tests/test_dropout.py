@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowrank_fused import dropout
 from lowrank_fused.dropout import draw_keep, draw_seed, pack, threshold, unpack, zero_dropped
 
 
@@ -35,6 +36,20 @@ def test_every_element_follows_the_definition(seed, k):
     assert keep[:, :k].tolist() == expected
 
 
+@pytest.mark.parametrize("seed", [0, -(2**63), 2**63 - 1, -98765432109876])
+def test_seeds_that_nobody_waits_for_and_seeds_on_a_cpu_give_one_key(monkeypatch, seed):
+    on_a_cpu = [half.item() for half in dropout._key(seed_of(seed))]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert [half.item() for half in dropout._key(seed_of(seed))] == on_a_cpu
+
+
+@pytest.mark.parametrize("elements", [2, 26, 64, 1000])
+def test_the_mask_does_not_depend_on_how_much_is_drawn_at_a_time(monkeypatch, elements):
+    whole = draw_keep(seed_of(9), 13, 37, 0.3)
+    monkeypatch.setattr(dropout, "_ELEMENTS_AT_A_TIME", elements)
+    assert torch.equal(draw_keep(seed_of(9), 13, 37, 0.3), whole)
+
+
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
 def test_kept_fraction_of_the_whole_of_rows_and_of_columns(p):
     keep = draw_keep(seed_of(7), 1024, 512, p).double()
@@ -62,11 +77,16 @@ def test_bits_come_back_as_they_went(k):
     assert [bool(bits[2, j // 8] >> j % 8 & 1) for j in range(k)] == keep[2, :k].tolist()
 
 
+@pytest.mark.parametrize("few", [0, 1 << 14])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_zero_dropped_is_the_product_with_the_mask(dtype):
+def test_zero_dropped_keeps_or_clears_whatever_is_there(monkeypatch, dtype, few):
+    monkeypatch.setattr(dropout, "_FEW_ELEMENTS", few)
     keep = draw_keep(seed_of(3), 9, 21, 0.4)
     x = torch.randn(9, 42).to(dtype)[:, ::2]
-    assert torch.equal(zero_dropped(x, keep), x * keep[:, :21])
+    expected = x * keep[:, :21]
+    x[~keep[:, :21]] = torch.nan
+    assert torch.equal(zero_dropped(x, keep), expected)
+    assert zero_dropped(x, keep, out=x) is x and torch.equal(x, expected)
 
 
 def test_seed_comes_from_torchs_generator():

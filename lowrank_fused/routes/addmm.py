@@ -50,8 +50,8 @@ def add_forward(
         keep = keep_of(drop, x.shape[0], x.shape[1], o.dropout_p)
         mask = drop if drop.dtype == torch.uint8 else pack(keep)
         dropped = zero_dropped(x, keep)
-    s = _scaled_mm(dropped, a.to(x.dtype).t(), o.keep_scale)
-    y.addmm_(core_forward(s, o.core_kind, core), b.to(x.dtype).t(), alpha=o.scale)
+    s = _scaled_mm(dropped, _in(x.dtype, a).t(), o.keep_scale)
+    y.addmm_(core_forward(s, o.core_kind, core), _in(x.dtype, b).t(), alpha=o.scale)
     return Saved(s, mask)
 
 
@@ -76,7 +76,7 @@ def backward(
     if o.wants_x and weight is not None and forms_weight(dy.shape[0], weight.shape[0], a.shape[0], dy.dtype, o):
         grads.x = dy @ _formed(weight, a, b, core, o)
     if o.wants_a or o.wants_core or (o.wants_x and grads.x is None):
-        gv = _scaled_mm(dy, b.to(dy.dtype), o.scale)
+        gv = _scaled_mm(dy, _in(dy.dtype, b), o.scale)
         if o.wants_core and s is not None:
             grads.core = core_grad(gv, s, o.core_kind)
         ds = core_input_grad(gv, o.core_kind, core)
@@ -86,7 +86,7 @@ def backward(
             grads.a = _scaled_mm(ds.t(), dropped, o.keep_scale, out=_if_like(into.a, dropped))
         if o.wants_x and grads.x is None:
             scratch = None if dropped is x else dropped
-            grads.x = _input_grad(dy, weight, a.to(dy.dtype), ds, keep, o.keep_scale, scratch)
+            grads.x = _input_grad(dy, weight, _in(dy.dtype, a), ds, keep, o.keep_scale, scratch)
     if o.wants_bias:
         grads.bias = dy.sum(0)
     return grads
@@ -107,7 +107,7 @@ def group_forward(
     ys = []
     for weight, b_i, bias, ranks in zip(weights, b, biases, o.ranks, strict=True):
         y = torch.nn.functional.linear(x, weight, bias)
-        ys.append(y.addmm_(readable(s[:, ranks]), b_i.to(x.dtype).t(), alpha=o.scale))
+        ys.append(y.addmm_(readable(s[:, ranks]), _in(x.dtype, b_i).t(), alpha=o.scale))
     mask = pack(keep) if keep is not None and o.keeps_mask else None
     return ys, Saved(s if any(o.wants_b) else None, mask)
 
@@ -132,7 +132,7 @@ def group_backward(
     if not (o.wants_x or any(o.wants_a)):
         return grads
     keep = None if mask is None else unpack(mask, a[0].shape[1])
-    ds = torch.cat([_scaled_mm(dy, b_i.to(dy.dtype), o.scale) for dy, b_i in zip(dys, b, strict=True)], 1)
+    ds = torch.cat([_scaled_mm(dy, _in(dy.dtype, b_i), o.scale) for dy, b_i in zip(dys, b, strict=True)], 1)
     dropped = x
     if any(o.wants_a) and x is not None:
         dropped = x if keep is None else zero_dropped(x, keep)
@@ -156,8 +156,9 @@ def forms_weight(m: int, inner: int, r: int, dtype: torch.dtype, o: Options) -> 
     That trades 2 m r multiplications per output for 2 inner r, and a pass over the output for one over the weight; on a
     CPU it gains 4 to 15 % from these bounds on. A 16-bit sum would round a small update away.
     """
-    fits = dtype in (torch.float32, torch.float64) and not o.dropout_p and o.core_kind != "gate"
-    return fits and r >= 64 and m >= 2 * inner
+    if r < 64 or m < 2 * inner:
+        return False
+    return dtype in (torch.float32, torch.float64) and not o.dropout_p and o.core_kind != "gate"
 
 
 def _formed(weight: Tensor, a: Tensor, b: Tensor, core: Tensor | None, o: Options) -> Tensor:
@@ -196,5 +197,12 @@ def _if_like(out: Tensor | None, operand: Tensor) -> Tensor | None:
 
 def _scaled_mm(p: Tensor, q: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
     """alpha · p @ q, rounded once."""
-    unread = p.new_empty(())  # with beta = 0; zeros would be a launch
-    return torch.addmm(unread, p, q, beta=0, alpha=alpha, out=out)
+    if alpha == 1.0 and out is None:
+        return torch.mm(p, q)
+    out = p.new_empty(p.shape[0], q.shape[1]) if out is None else out
+    return out.addmm_(p, q, beta=0, alpha=alpha)
+
+
+def _in(dtype: torch.dtype, t: Tensor) -> Tensor:
+    """t in that dtype: `to` takes its time even where there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
