@@ -28,12 +28,12 @@ class DyFactors(NamedTuple):
     dcore: Tensor | None
 
 
-@triton.jit(do_not_specialize=["M", "chunk_rows", "chunks", "strips"])
+@triton.jit(do_not_specialize=["M", "chunk_rows", "chunks"])
 def _dy_factors_kernel(
     dy_ptr, b_ptr, s_ptr, core_ptr,
     ds_parts_ptr, db_parts_ptr, dcore_parts_ptr, counters_ptr,
     ds_ptr, db_ptr, dcore_ptr,
-    M, N, R, chunk_rows, chunks, strips,
+    M, N, R, chunk_rows, chunks,
     scale,
     stride_dym, stride_dyn,
     stride_bn, stride_br,
@@ -80,6 +80,8 @@ def _dy_factors_kernel(
             gv = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32))
             tl.store(ds_base + offs_m[:, None] * R + offs_r[None, :], gv * factor[None, :], mask=mask_s)
     acc = tl.trans(acc)  # [BLOCK_N, BLOCK_R]
+    # The number of chunks is an argument all the same: read here too, it costs ten registers on sm_100 (Triton 3.7).
+    strips = tl.num_programs(0)
     size = tl.cast(N, tl.int64) * R
     tl.store(db_parts_ptr + chunk * size + offs_n[:, None] * R + offs_r[None, :], acc * factor[None, :], mask=mask_b)
     if dcore_parts_ptr is not None:
@@ -202,7 +204,7 @@ def dy_factors(
             ds_parts_ptr=ds_parts, db_parts_ptr=db_parts, dcore_parts_ptr=dcore_parts,
             counters_ptr=zeroed_counters(dy, chunks + strips + 1),
             ds_ptr=ds, db_ptr=db, dcore_ptr=dcore,
-            M=M, N=N, R=R, chunk_rows=chunk_rows, chunks=chunks, strips=strips, scale=float(scale),
+            M=M, N=N, R=R, chunk_rows=chunk_rows, chunks=chunks, scale=float(scale),
             stride_dym=dy.stride(0), stride_dyn=dy.stride(1), stride_bn=b.stride(0), stride_br=b.stride(1),
             stride_sm=s.stride(0), stride_dsm=None if ds.is_contiguous() else ds.stride(0),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r, BLOCK=128 * tile.num_warps,
