@@ -3,13 +3,13 @@
     y = x Wᵀ + bias rounded to x's dtype, then + scale · core(drop(x) Aᵀ) Bᵀ in fp32, rounded again
 
 This is what a 16-bit layer with an fp32 adapter computes outside of autocast (PEFT's default), where the other routes
-round A and B to x's dtype. x and dy are widened a block of rows at a time and never as a whole on a CPU; s is kept in
-fp32, x in its own dtype.
+round A and B to x's dtype. x, y and dy are widened a block of rows at a time and never as a whole on a CPU, each block
+into the memory of the one before: fresh memory costs more than to fill it. s is kept in fp32, x in its own dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from .cores import core_forward, core_grad, core_input_grad
 from .problem import NOWHERE, Grads, GroupGrads, GroupOptions, Into, Options, Saved
 
 __all__ = ["add_forward", "backward", "forward", "group_backward", "group_forward"]
+
+# Columns of B up to which a gradient is faster summed across and turned at the end.
+_FEW = 32
 
 
 def forward(
@@ -43,9 +46,7 @@ def add_forward(
     """y += scale · core(s) Bᵀ in place."""
     keep = None if drop is None else keep_of(drop, x.shape[0], x.shape[1], o.dropout_p)
     s = _shrunk(x, _widened(a), keep, o.keep_scale)
-    v, b = core_forward(s, o.core_kind, core), _widened(b)
-    for rows in _blocks(y):
-        _add_product(y, rows, v, b.t(), o.scale)
+    _add_product(y, core_forward(s, o.core_kind, core), _widened(b).t(), o.scale)
     if keep is None or drop is None:
         return Saved(s, None)
     return Saved(s, drop if drop.dtype == torch.uint8 else pack(keep))
@@ -75,10 +76,8 @@ def backward(
     if o.wants_a and x is not None:
         grads.a = _factor_grad(x, ds, keep, o.keep_scale)
     if o.wants_x:
-        dx = dy.new_zeros(dy.shape[0], a.shape[1]) if weight is None else dy @ weight
-        for rows in _blocks(dx):
-            _add_product(dx, rows, ds, a, o.keep_scale, keep)
-        grads.x = dx
+        grads.x = dy.new_zeros(dy.shape[0], a.shape[1]) if weight is None else dy @ weight
+        _add_product(grads.x, ds, a, o.keep_scale, keep)
     return grads
 
 
@@ -97,8 +96,7 @@ def group_forward(
     ys = []
     for weight, b_i, bias, ranks in zip(weights, b, biases, o.ranks, strict=True):
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        for rows in _blocks(y):
-            _add_product(y, rows, s[:, ranks], _widened(b_i).t(), o.scale)
+        _add_product(y, s[:, ranks], _widened(b_i).t(), o.scale)
         ys.append(y)
     mask = pack(keep) if keep is not None and o.keeps_mask else None
     return ys, Saved(s if any(o.wants_b) else None, mask)
@@ -129,37 +127,72 @@ def group_backward(
         grads.x = dys[0] @ weights[0]
         for dy, weight in zip(dys[1:], weights[1:], strict=True):
             grads.x.addmm_(dy, weight)
-        joined = torch.cat([_widened(a_i) for a_i in a])
-        for rows in _blocks(grads.x):
-            _add_product(grads.x, rows, ds, joined, o.keep_scale, keep)
+        _add_product(grads.x, ds, torch.cat([_widened(a_i) for a_i in a]), o.keep_scale, keep)
     return grads
 
 
 def _shrunk(x: Tensor, a: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
     """s = drop(x) Aᵀ."""
-    s = torch.empty(x.shape[0], a.shape[0], dtype=a.dtype, device=x.device)
-    for rows in _blocks(x):
-        torch.mm(_dropped(x, keep, rows), a.t(), out=s[rows]).mul_(keep_scale)
+    s = a.new_empty(x.shape[0], a.shape[0])
+    for rows, wide in _widened_blocks(x, keep):
+        _product(wide, a.t(), keep_scale, s[rows])
     return s
 
 
 def _dy_side(dy: Tensor, b: Tensor, v: Tensor | None, scale: float, gv: Tensor) -> Tensor | None:
     """scale · dy B, written to `gv`, and given v the gradient scale · dyᵀ v of B."""
-    of_b = None if v is None else torch.zeros_like(b).t()
-    for rows in _blocks(dy):
-        wide = _widened(dy[rows])
-        torch.mm(wide, b, out=gv[rows]).mul_(scale)
+    # The transpose of dyᵀ v where that is what B is, or a few rows: sums are faster with the long dimension last.
+    across = v is not None and (b.shape[1] <= _FEW or not b.is_contiguous())
+    of_b = None if v is None else b.new_empty(b.shape[::-1] if across else b.shape)
+    for rows, wide in _widened_blocks(dy):
+        _product(wide, b, scale, gv[rows])
         if of_b is not None and v is not None:
-            of_b.addmm_(v[rows].t(), wide, alpha=scale)
-    return None if of_b is None else of_b.t()
+            p, q = (v[rows].t(), wide) if across else (wide.t(), v[rows])
+            _product(p, q, scale, of_b, onto=rows.start > 0)
+    if of_b is None:
+        return None
+    if not len(dy):
+        of_b.zero_()
+    return of_b.t() if across else of_b
 
 
 def _factor_grad(x: Tensor, ds: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
     """dA = dsᵀ drop(x)."""
-    grad = ds.new_zeros(ds.shape[1], x.shape[1])
-    for rows in _blocks(x):
-        grad.addmm_(ds[rows].t(), _dropped(x, keep, rows), alpha=keep_scale)
-    return grad
+    grad = ds.new_empty(ds.shape[1], x.shape[1])
+    for rows, wide in _widened_blocks(x, keep):
+        _product(ds[rows].t(), wide, keep_scale, grad, onto=rows.start > 0)
+    return grad if len(x) else grad.zero_()
+
+
+def _add_product(into: Tensor, p: Tensor, q: Tensor, alpha: float, keep: Tensor | None = None) -> None:
+    """`into` += alpha · p q, zero where not kept, rounded once."""
+    # Widened here, because an addition of two dtypes takes twice as long.
+    for rows, wide in _widened_blocks(into):
+        if keep is None:
+            wide.addmm_(p[rows], q, alpha=alpha)
+        else:
+            product = p[rows] @ q
+            wide.add_(zero_dropped(product, keep[rows], out=product), alpha=alpha)
+        if wide.dtype != into.dtype:
+            into[rows].copy_(wide)
+
+
+def _product(p: Tensor, q: Tensor, alpha: float, out: Tensor, onto: bool = False) -> None:
+    """`out` = alpha · p q, or += with `onto`."""
+    torch.addmm(out, p, q, beta=int(onto), alpha=alpha, out=out)
+
+
+def _widened_blocks(t: Tensor, keep: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of t at a time and their values, widened and zero where dropped: valid until the next are asked for.
+
+    Those of a t that is wide already and has no mask are t's own.
+    """
+    step, wide = rows_at_a_time(t), _wide(t)
+    buffer = None if wide == t.dtype else t.new_empty(min(step, t.shape[0]), t.shape[1], dtype=wide)
+    for first in range(0, t.shape[0], step):
+        rows = slice(first, first + step)
+        some = t[rows] if keep is None else zero_dropped(t[rows], keep[rows])
+        yield rows, some if buffer is None else buffer[: len(some)].copy_(some)
 
 
 def _widened(t: Tensor) -> Tensor:
@@ -168,26 +201,3 @@ def _widened(t: Tensor) -> Tensor:
 
 def _wide(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
-
-
-def _add_product(into: Tensor, rows: slice, p: Tensor, q: Tensor, alpha: float, keep: Tensor | None = None) -> None:
-    """Some rows of `into` += alpha · p q, zero where not kept, rounded once."""
-    # Widened here, because an addition of two dtypes takes twice as long.
-    wide = _widened(into[rows])
-    if keep is None:
-        wide.addmm_(p[rows], q, alpha=alpha)
-    else:
-        product = p[rows] @ q
-        wide.add_(zero_dropped(product, keep[rows], out=product), alpha=alpha)
-    if wide.dtype != into.dtype:
-        into[rows].copy_(wide)
-
-
-def _blocks(t: Tensor) -> list[slice]:
-    step = rows_at_a_time(t)
-    return [slice(first, first + step) for first in range(0, t.shape[0], step)]
-
-
-def _dropped(x: Tensor, keep: Tensor | None, rows: slice) -> Tensor:
-    """Some rows of x, widened, zero where dropped."""
-    return _widened(x[rows] if keep is None else zero_dropped(x[rows], keep[rows]))
