@@ -101,12 +101,15 @@ def _gradients(
 
 
 def _like(grad: Tensor | None, leaf: Tensor | None, into: Tensor | None = None) -> Tensor | None:
-    """The gradient in the dtype of its leaf and contiguous; what that copies goes to `into`."""
-    if grad is None or leaf is None:
-        return None
-    if grad.dtype == leaf.dtype and grad.is_contiguous():
+    """In the leaf's dtype and, as autograd wants it, laid out as the leaf is; what that copies goes to `into`."""
+    if grad is None or leaf is None or grad is into:
         return grad
-    return grad.to(leaf.dtype).contiguous() if into is None else into.copy_(grad)
+    if grad.dtype == leaf.dtype and grad.stride() == leaf.stride():
+        return grad
+    if into is not None:
+        return into.copy_(grad)
+    grad = grad.to(leaf.dtype)
+    return grad.contiguous() if leaf.is_contiguous() else torch.empty_like(leaf).copy_(grad)
 
 
 def _backward_fake(dy, x, weight, a, b, core, s, mask, *, scale, core_kind, dropout_p, wants, route):
@@ -115,7 +118,7 @@ def _backward_fake(dy, x, weight, a, b, core, s, mask, *, scale, core_kind, drop
     return (
         _or_empty(dy.new_empty(dy.shape[0], a.shape[1]) if o.wants_x else None, dy),
         *(
-            _or_empty(torch.empty_like(leaf, memory_format=torch.contiguous_format) if wanted else None, dy)
+            _or_empty(torch.empty_like(leaf) if wanted else None, dy)
             for leaf, wanted in ((a, o.wants_a), (b, o.wants_b), (core, o.wants_core))
         ),
         _or_empty(dy.new_empty(dy.shape[1], dtype=of_bias) if o.wants_bias else None, dy),

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..dropout import keep_of, pack, unpack, zero_dropped
 from .cores import core_forward, core_grad, core_input_grad
 from .problem import NOWHERE, Grads, GroupGrads, GroupOptions, Into, Options, Saved
-from .rows import readable
+from .rows import across, readable
 
 __all__ = ["add_forward", "backward", "forms_weight", "forward", "group_backward", "group_forward"]
 
@@ -71,8 +71,8 @@ def backward(
     s, mask = saved
     keep = None if mask is None else unpack(mask, a.shape[1])
     if o.wants_b and s is not None:
-        # The transpose of dyᵀ v: libraries are faster with the long dimension last.
-        grads.b = _scaled_mm(core_forward(s, o.core_kind, core).t(), dy, o.scale).t()
+        v = core_forward(s, o.core_kind, core)
+        grads.b = _scaled_mm(v.t(), dy, o.scale).t() if across(b) else _scaled_mm(dy.t(), v, o.scale)
     if o.wants_x and weight is not None and forms_weight(dy.shape[0], weight.shape[0], a.shape[0], dy.dtype, o):
         grads.x = dy @ _formed(weight, a, b, core, o)
     if o.wants_a or o.wants_core or (o.wants_x and grads.x is None):

@@ -18,11 +18,10 @@ from torch.nn import functional as F
 from ..dropout import keep_of, pack, rows_at_a_time, unpack, zero_dropped
 from .cores import core_forward, core_grad, core_input_grad
 from .problem import NOWHERE, Grads, GroupGrads, GroupOptions, Into, Options, Saved
+from .rows import across
+from .tiled import is_tiled, shards
 
 __all__ = ["add_forward", "backward", "forward", "group_backward", "group_forward"]
-
-# Columns of B up to which a gradient is faster summed across and turned at the end.
-_FEW = 32
 
 
 def forward(
@@ -134,26 +133,29 @@ def group_backward(
 def _shrunk(x: Tensor, a: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
     """s = drop(x) Aᵀ."""
     s = a.new_empty(x.shape[0], a.shape[0])
+    tiled = is_tiled(a)
     for rows, wide in _widened_blocks(x, keep):
-        _product(wide, a.t(), keep_scale, s[rows])
+        if tiled:
+            torch.sum(shards(wide, len(a)), 1, out=s[rows]).mul_(keep_scale)
+        else:
+            _product(wide, a.t(), keep_scale, s[rows])
     return s
 
 
 def _dy_side(dy: Tensor, b: Tensor, v: Tensor | None, scale: float, gv: Tensor) -> Tensor | None:
     """scale · dy B, written to `gv`, and given v the gradient scale · dyᵀ v of B."""
-    # The transpose of dyᵀ v where that is what B is, or a few rows: sums are faster with the long dimension last.
-    across = v is not None and (b.shape[1] <= _FEW or not b.is_contiguous())
-    of_b = None if v is None else b.new_empty(b.shape[::-1] if across else b.shape)
+    turned = across(b)
+    of_b = None if v is None else b.new_empty(b.shape[::-1] if turned else b.shape)
     for rows, wide in _widened_blocks(dy):
         _product(wide, b, scale, gv[rows])
         if of_b is not None and v is not None:
-            p, q = (v[rows].t(), wide) if across else (wide.t(), v[rows])
+            p, q = (v[rows].t(), wide) if turned else (wide.t(), v[rows])
             _product(p, q, scale, of_b, onto=rows.start > 0)
     if of_b is None:
         return None
     if not len(dy):
         of_b.zero_()
-    return of_b.t() if across else of_b
+    return of_b.t() if turned else of_b
 
 
 def _factor_grad(x: Tensor, ds: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
@@ -166,9 +168,12 @@ def _factor_grad(x: Tensor, ds: Tensor, keep: Tensor | None, keep_scale: float) 
 
 def _add_product(into: Tensor, p: Tensor, q: Tensor, alpha: float, keep: Tensor | None = None) -> None:
     """`into` += alpha · p q, zero where not kept, rounded once."""
+    tiled = is_tiled(q)
     # Widened here, because an addition of two dtypes takes twice as long.
     for rows, wide in _widened_blocks(into):
-        if keep is None:
+        if keep is None and tiled:
+            shards(wide, len(q)).add_(p[rows, None], alpha=alpha)
+        elif keep is None:
             wide.addmm_(p[rows], q, alpha=alpha)
         else:
             product = p[rows] @ q

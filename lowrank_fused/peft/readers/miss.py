@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from lowrank_fused.routes.tiled import tiled_identity
 from lowrank_fused.terms import Terms
 
 from . import Base, Part, Reader, Remembered, reader
 
 
-def tiled_identity(block: Tensor, *, in_features: int) -> tuple[Tensor]:
-    """A [r, in] with A[k, c] = 1 where c ≡ k mod r."""
-    rank = len(block)
-    identity = torch.eye(rank, dtype=block.dtype, device=block.device)
-    return (identity.repeat(1, math.ceil(in_features / rank))[:, :in_features].contiguous(),)
+def tiles(block: Tensor, *, in_features: int) -> tuple[Tensor]:
+    """A [r, in] of a block [r, out]."""
+    return (tiled_identity(len(block), in_features, block.dtype, block.device),)
 
 
 @reader("miss.layer:MissLinear")
@@ -45,7 +42,7 @@ class Miss(Reader):
     @staticmethod
     def read(layer: Any, adapter: str, base: Base | None, remembered: Remembered) -> Part:
         block = layer.miss_block[adapter]
-        (a,) = remembered(tiled_identity, block, in_features=layer.in_features)
+        (a,) = remembered(tiles, block, in_features=layer.in_features)
         b = block.t()
         if layer.miss_fn == "mini":
             b = b.repeat(layer.out_features // len(b), 1)
