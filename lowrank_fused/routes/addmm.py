@@ -18,6 +18,7 @@ from ..dropout import keep_of, pack, unpack, zero_dropped
 from .cores import core_forward, core_grad, core_input_grad
 from .problem import NOWHERE, Grads, GroupGrads, GroupOptions, Into, Options, Saved
 from .rows import across, readable
+from .tiled import is_tiled, shards
 
 __all__ = ["add_forward", "backward", "forms_weight", "forward", "group_backward", "group_forward"]
 
@@ -34,7 +35,7 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """y = x Wᵀ + bias, then y += scale · core(s) Bᵀ in place; x [M, K]."""
     if forms_weight(x.shape[0], weight.shape[1], a.shape[0], x.dtype, o):
-        s = x @ a.to(x.dtype).t() if o.keeps_s else None
+        s = _shrunk(x, a, 1.0) if o.keeps_s else None
         return torch.nn.functional.linear(x, _formed(weight, a, b, core, o), bias), Saved(s, None)
     y = torch.nn.functional.linear(x, weight, bias)
     return y, add_forward(y, x, a, b, core, drop, o)
@@ -50,7 +51,7 @@ def add_forward(
         keep = keep_of(drop, x.shape[0], x.shape[1], o.dropout_p)
         mask = drop if drop.dtype == torch.uint8 else pack(keep)
         dropped = zero_dropped(x, keep)
-    s = _scaled_mm(dropped, _in(x.dtype, a).t(), o.keep_scale)
+    s = _shrunk(dropped, a, o.keep_scale)
     y.addmm_(core_forward(s, o.core_kind, core), _in(x.dtype, b).t(), alpha=o.scale)
     return Saved(s, mask)
 
@@ -72,7 +73,11 @@ def backward(
     keep = None if mask is None else unpack(mask, a.shape[1])
     if o.wants_b and s is not None:
         v = core_forward(s, o.core_kind, core)
-        grads.b = _scaled_mm(v.t(), dy, o.scale).t() if across(b) else _scaled_mm(dy.t(), v, o.scale)
+        grads.b = (
+            _scaled_mm(v.t(), dy, o.scale).t()
+            if across(b)
+            else _scaled_mm(dy.t(), v, o.scale, out=_if_like(into.b, dy))
+        )
     if o.wants_x and weight is not None and forms_weight(dy.shape[0], weight.shape[0], a.shape[0], dy.dtype, o):
         grads.x = dy @ _formed(weight, a, b, core, o)
     if o.wants_a or o.wants_core or (o.wants_x and grads.x is None):
@@ -184,7 +189,13 @@ def _input_grad(
     `scratch`, if any, is a tensor like dx to write into: fresh memory of that size costs more than the product.
     """
     if keep is None:
-        return ds @ a if weight is None else (dy @ weight).addmm_(ds, a)
+        if weight is None:
+            return ds @ a
+        dx = dy @ weight
+        if not is_tiled(a):
+            return dx.addmm_(ds, a)
+        shards(dx, len(a)).add_(ds[:, None])
+        return dx
     dx = _scaled_mm(ds, a, keep_scale, out=scratch)
     zero_dropped(dx, keep, out=dx)
     return dx if weight is None else dx.addmm_(dy, weight)
@@ -193,6 +204,12 @@ def _input_grad(
 def _if_like(out: Tensor | None, operand: Tensor) -> Tensor | None:
     """`out` if a product with `operand` can be written to it as it is."""
     return out if out is not None and out.dtype == operand.dtype else None
+
+
+def _shrunk(x: Tensor, a: Tensor, keep_scale: float) -> Tensor:
+    """s = drop(x) Aᵀ of an x that is dropped already."""
+    a = _in(x.dtype, a)
+    return shards(x, len(a)).sum(1).mul_(keep_scale) if is_tiled(a) else _scaled_mm(x, a.t(), keep_scale)
 
 
 def _scaled_mm(p: Tensor, q: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:

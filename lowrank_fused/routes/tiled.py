@@ -1,7 +1,7 @@
 """An A that repeats the identity along its columns: s is a sum over shards of x, and ds A is ds for each of them.
 
 MiSS has such an A. Kernels multiply with it as with any other and lose nothing, being bound by memory; on a CPU the sum
-takes a third of the product with as many fp32 elements. In 16 bits the library's product is as fast as the sum.
+takes a third of the product with as many fp32 elements. In bf16 the library's product is as fast as the sum.
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ _made: WeakValueDictionary[tuple[int, int, torch.dtype, torch.device], Tensor] =
 
 
 def tiled_identity(rank: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A [rank, columns] with A[k, c] = 1 where c ≡ k mod rank; one for all that ask while somebody keeps it.
-
-    Not to be written to.
-    """
+    """A [rank, columns] with A[k, c] = 1 where c ≡ k mod rank; one for all that ask while somebody keeps it."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return _repeated(rank, columns, dtype, device)
     key = (rank, columns, dtype, device)
     found = _made.get(key)
-    if found is None:
+    if found is None or found._version:
         with torch.inference_mode(False):
             found = _repeated(rank, columns, dtype, device)
         _made[key] = found
@@ -38,9 +35,9 @@ def _repeated(rank: int, columns: int, dtype: torch.dtype, device: torch.device)
 
 
 def is_tiled(a: Tensor) -> bool:
-    """Whether `a` came from `tiled_identity`, is in fp32 or wider on a CPU, and cuts x into whole shards."""
+    """Whether `a` came from `tiled_identity`, cuts x into whole shards, and is on a CPU and not in bf16."""
     rank, columns = a.shape
-    if a.device.type != "cpu" or a.element_size() < 4 or columns % rank:
+    if a.device.type != "cpu" or a.dtype == torch.bfloat16 or columns % rank:
         return False
     return _made.get((rank, columns, a.dtype, a.device)) is a and not a._version
 
