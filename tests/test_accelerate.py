@@ -184,6 +184,58 @@ def test_methods_that_were_not_asked_for_are_left():
     assert lf.accelerate(model, methods="lora").of_path("fused") == 4
 
 
+# What is asked of a layer that PEFT's own forward computes as fast -> whether it is left to PEFT.
+AS_FAST: dict[str, tuple[dict[str, Any], bool]] = {
+    "trained in bf16": ({}, True),
+    "trained in fp16": ({"dtype": torch.float16}, True),
+    "dropout that does nothing": ({"dropout": 0.3, "training": False}, True),
+    "dropout": ({"dropout": 0.3}, False),
+    "without gradients": ({"grad": False}, False),
+    "frozen": ({"frozen": True}, False),
+    "fp32": ({"dtype": torch.float32}, False),
+    "fp32 adapter": ({"fp32_adapter": True}, False),
+    "a route by name": ({"route": "addmm"}, False),
+    "a route from outside": ({"environment": "reference"}, False),
+    "another method": ({"config": "LoraConfig"}, False),
+}
+
+
+@pytest.mark.parametrize("case", AS_FAST)
+def test_what_peft_computes_as_fast_on_a_cpu_is_left_to_it(case, monkeypatch):
+    told, left = AS_FAST[case]
+    dtype, config, dropout = told.get("dtype", torch.bfloat16), told.get("config", "VeraConfig"), told.get("dropout", 0)
+    given = peft.LoraConfig(target_modules=["0"]) if config == "LoraConfig" else vera(dropout)
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)).to(dtype), given, autocast_adapter_dtype=told.get("fp32_adapter", False)
+    )
+    model.train(told.get("training", True)).requires_grad_(not told.get("frozen", False))
+    model.base_model.model[0].base_layer.requires_grad_(False)
+    monkeypatch.setenv("LOWRANK_FUSED_ROUTE", told.get("environment", ""))
+    with torch.set_grad_enabled(told.get("grad", True)):
+        report = lf.accelerate(model, route=told.get("route", "auto"))
+        model(torch.ones(2, 8, dtype=dtype))
+    for rows in (report.rows, lf.explain(model).rows):
+        (row,) = rows
+        assert row.path == ("original" if left else "fused")
+        assert row.reason.startswith("as fast in 16 bits on a CPU") == left
+    if left:
+        with pytest.raises(NotAcceleratedError, match="as fast in 16 bits"):
+            lf.accelerate(model, strict=True)
+
+
+def vera(dropout: float) -> Any:
+    return peft.VeraConfig(r=4, target_modules=["0"], vera_dropout=dropout)
+
+
+def test_a_base_layer_that_computes_itself_has_our_term_beside_it():
+    """Nobody measured that PEFT would be as fast there."""
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)).bfloat16(), vera(0), autocast_adapter_dtype=False)
+    model.base_model.model[0].base_layer.register_forward_hook(lambda module, given, y: None)
+    assert [row.path for row in lf.accelerate(model).rows] == ["tail"]
+    model(torch.ones(2, 8, dtype=torch.bfloat16))
+    assert [row.path for row in lf.explain(model).rows] == ["tail"]
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"methods": ["dorra"]}, "'dorra'.*did you mean 'dora'"),
     ({"methods": "nothing"}, "'nothing'.*known: adalora"),

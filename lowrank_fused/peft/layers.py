@@ -7,8 +7,7 @@ added, switched, merged or disabled.
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
-from functools import partial, reduce
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +21,7 @@ from ..branches import Branch
 from ..grouping import GROUP, Call
 from ..linear import lowrank_linear
 from ..routes import GROUP_ROUTES
-from ..terms import Terms
+from .parts import for_graphs, stacked
 from .readers import Base, Part, Reader, child_of, layer_classes, weight_of
 from .state import Settings, State
 
@@ -56,8 +55,8 @@ class Accelerated:
         active: list[str] = []
         reason = _why_not(self, x, args, kwargs, active, compiling)
         base = _base_of(self, x) if reason is None else None
-        if reason is None and base is None:
-            reason = _why_not_beside(self, active)
+        if reason is None:
+            reason = _why_not_beside(self, active) if base is None else _why_not_faster(self, active, x)
         if not compiling:
             path = "original" if reason else "fused" if base else "tail"
             self.__dict__[STATE].calls[path, reason or ""] += 1
@@ -73,10 +72,12 @@ class Accelerated:
         base = _base_of(self, x)
         if base is None:
             return "the base layer computes by itself"
+        if reason := _why_not_faster(self, active, x):
+            return reason
         state = self.__dict__[STATE]
         reader, settings, training = self.reader, state.settings, self.training  # type: ignore[attr-defined]
         parts = [reader.read(self, name, base, partial(state.remember, name, training)) for name in active]
-        if len(parts) > 1 and len(parts := _stacked(parts)) > 1:
+        if len(parts) > 1 and len(parts := stacked(parts)) > 1:
             return "several adapters, not all of them two factors without dropout"
         return _as_call(self, x, base, parts[0], settings)
 
@@ -172,8 +173,11 @@ def _why_observed() -> str | None:
 
 
 def adapter_path(layer: Any, adapter: str) -> tuple[str, str | None]:
-    """Our name of the adapter's method, and what about the adapter itself leaves it to PEFT."""
-    return layer.reader.method(layer, adapter), _why_not_wanted(layer, adapter)
+    """Our name of the adapter's method, and why calls with an x like the base weight leave it to PEFT."""
+    reason = _why_not_wanted(layer, adapter)
+    if reason is None and base_is_ours(layer):
+        reason = _why_not_faster(layer, [adapter], weight_of(child_of(layer, "base_layer")))
+    return layer.reader.method(layer, adapter), reason
 
 
 def _why_not_wanted(layer: Any, adapter: str) -> str | None:
@@ -267,14 +271,22 @@ def _why_not_beside(layer: Any, active: list[str]) -> str | None:
     return None
 
 
+def _why_not_faster(layer: Any, active: list[str], x: Tensor) -> str | None:
+    """Why PEFT's own forward is as fast with this x, or one like it."""
+    reader = layer.reader
+    if reader.as_fast_in_16_bits is None or layer.__dict__[STATE].settings.route != "auto":
+        return None
+    return reader.as_fast_in_16_bits if any(reader.is_as_fast(layer, name, x) for name in active) else None
+
+
 def _fused(layer: Any, x: Tensor, active: list[str], base: Base | None, compiling: bool) -> Tensor:
     """The base layer's product with all active adapters."""
     reader, state = layer.reader, layer.__dict__[STATE]
     parts = [reader.read(layer, name, base, partial(state.remember, name, layer.training)) for name in active]
     if len(parts) > 1:
-        parts = _stacked(parts)
+        parts = stacked(parts)
     if compiling:
-        parts = [_for_graphs(part) for part in parts]
+        parts = [for_graphs(part) for part in parts]
     settings = state.settings
     common: dict[str, Any] = {
         "route": settings.route,
@@ -332,35 +344,6 @@ def _dropout(part: Part, x: Tensor, kind: str) -> dict[str, Any]:
     same = columns == x.shape[-1]
     ones = torch.ones_like(x, dtype=dtype) if same else x.new_ones((*x.shape[:-1], columns), dtype=dtype)
     return {"dropout_p": module.p, "keep": F.dropout(ones, module.p, training=True)[..., : x.shape[-1]] != 0}
-
-
-def _stacked(parts: list[Part]) -> list[Part]:
-    """Several plain adapters without dropout as one of their summed rank."""
-    if any(not _is_plain(part) for part in parts):
-        return parts
-    terms = [part.terms for part in parts]
-    dtype = reduce(torch.promote_types, (t.a.dtype for t in terms))
-    a = torch.cat([t.a.to(dtype) for t in terms])
-    b = torch.cat([(t.b * t.scale).to(dtype) for t in terms], dim=1)
-    biases = [part.bias for part in parts if part.bias is not None]
-    return [Part(Terms(a, b), parts[0].dropout, sum(biases) if biases else None)]  # type: ignore[arg-type]
-
-
-def _for_graphs(part: Part) -> Part:
-    """In a compiled graph the scale goes into B: a graph is made anew for every value of a number that operators of
-    ours take.
-    """
-    t = part.terms
-    if isinstance(t.scale, Tensor):
-        return part
-    return replace(part, terms=replace(t, b=t.b * t.scale, scale=1.0))
-
-
-def _is_plain(part: Part) -> bool:
-    t = part.terms
-    dropout: Any = part.dropout
-    drops = type(dropout) is not nn.Identity and dropout.training and dropout.p
-    return not drops and t.core is None and t.out is None and t.col is None
 
 
 if TYPE_CHECKING:
