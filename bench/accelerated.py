@@ -23,27 +23,25 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 
 import lowrank_fused as lf
+from bench.accelerated_page import markdown, show
 from bench.goals import Goal, as_dicts, missed
 from bench.methods import Pair
 from bench.model_step import TrainingStep
 from lowrank_fused.benchmark import Spread, Step, clock_for, document, dtype_name, interleave, paired_ratio, write_json
 from lowrank_fused.demo.data import Batch
 from lowrank_fused.demo.model import SentimentModel, linear_paths
+from lowrank_fused.peft.readers import layer_classes
 from lowrank_fused.tools.doctor import environment
 from lowrank_fused.tools.model_shapes import build
-from lowrank_fused.tools.tables import markdown_table
 
 __all__ = ["CASES", "LayerCase", "Report", "Setting", "main", "run"]
 
 RESULTS = Path(__file__).resolve().parent / "results" / "accelerated"
-GOAL_HEADER = ("what", "measured", "goal", "")
-TIME_HEADER = ("forward + backward", "PEFT", "accelerated", "rounds")
-CALL_HEADER = ("call of a small layer", "PEFT", "accelerated", "difference")
-SIDES = ("theirs", "ours")
+# A third side, where calls are left to PEFT as being as fast: the same layer made to compute by this route.
+NAMED = "addmm"
 CPU = torch.device("cpu")
 # Largest difference from PEFT, relative to the largest value, that rounding explains.
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
@@ -135,21 +133,22 @@ def adapted(model: nn.Module, case: LayerCase, targets: Sequence[str], dtype: to
     return wrapped.train()
 
 
-def accelerated_twin(model: nn.Module) -> nn.Module:
+def accelerated_twin(model: nn.Module, route: str = "auto") -> nn.Module:
     """An accelerated copy."""
     twin = copy.deepcopy(model)
-    lf.accelerate(twin)
+    lf.accelerate(twin, route=route)
     return twin
 
 
 @contextmanager
 def torch_masks(model: nn.Module) -> Iterator[None]:
     """Inside, dropout by the very masks that PEFT draws, so that results can be compared; by our own after."""
-    lf.accelerate(model, dropout="torch")
+    route = lf.explain(model).route
+    lf.accelerate(model, dropout="torch", route=route)
     try:
         yield
     finally:
-        lf.accelerate(model)
+        lf.accelerate(model, route=route)
 
 
 def layer_pair(case: LayerCase, dtype: torch.dtype, fp32_adapters: bool, size: int, tokens: int) -> Pair:
@@ -164,28 +163,48 @@ def layer_pair(case: LayerCase, dtype: torch.dtype, fp32_adapters: bool, size: i
     return Pair(x, dy, models, leaves, "PEFT's layer")  # type: ignore[arg-type]
 
 
-def disagreement(pair: Pair) -> float:
+def add_named(pair: Pair) -> None:
+    """A third side that takes a route by name."""
+    twin = accelerated_twin(pair.forwards["theirs"], NAMED)  # type: ignore[arg-type]
+    pair.forwards[NAMED] = twin
+    pair.leaves[NAMED] = [pair.x, *(p for p in twin.parameters() if p.requires_grad)]
+
+
+def disagreement(pair: Pair, side: str = "ours") -> float:
     """Largest difference of y and of every gradient under the same dropout masks, relative to its size."""
     found: dict[str, list[Tensor]] = {}
-    with torch_masks(pair.forwards["ours"]):  # type: ignore[arg-type]
-        for name, forward in pair.forwards.items():
+    with torch_masks(pair.forwards[side]):  # type: ignore[arg-type]
+        for name in ("theirs", side):
             torch.manual_seed(1)
-            y = forward(pair.x)
+            y = pair.forwards[name](pair.x)
             found[name] = [y.detach(), *torch.autograd.grad(y, pair.leaves[name], pair.dy)]
-    pairs = zip(*(found[name] for name in SIDES), strict=True)
+    pairs = zip(*found.values(), strict=True)
     return max(((b.float() - a.float()).abs().max() / a.float().abs().max()).item() for a, b in pairs)
+
+
+def as_fast_reasons() -> set[str]:
+    """Why calls may be left to PEFT on purpose."""
+    return {cls.as_fast_in_16_bits for cls in layer_classes().values() if cls.as_fast_in_16_bits}
+
+
+def is_left_on_purpose(model: nn.Module) -> bool:
+    """Whether the calls of an accelerated model went to PEFT's own forward, since that is as fast."""
+    return {row.reason for row in lf.explain(model).rows} <= as_fast_reasons()
 
 
 def fault(model: nn.Module, difference: float, dtype: torch.dtype) -> str | None:
     """What makes a timing of an accelerated model, which was run once, meaningless."""
-    left = sorted({row.reason for row in lf.explain(model).rows if row.path == "original"})
+    left = sorted({row.reason for row in lf.explain(model).rows if row.path == "original"} - as_fast_reasons())
     if left:
         return f"left to PEFT: {'; '.join(left)}"
     return f"differs from PEFT by {difference:.1e}" if difference > AGREEMENT[dtype] else None
 
 
 def layers(setting: Setting, report: Report, progress: Progress) -> None:
-    """Every method in fp32, and in bf16 with adapters of fp32 and of bf16, where nothing may be slower."""
+    """Every method in fp32, and in bf16 with adapters of fp32 and of bf16, where nothing may be slower.
+
+    Where calls are left to PEFT on purpose, what ours would take is timed beside.
+    """
     import peft
 
     for dtype, fp32_adapters in DTYPES:
@@ -197,7 +216,12 @@ def layers(setting: Setting, report: Report, progress: Progress) -> None:
                 report.left_out.append(f"{what}: PEFT {importlib.metadata.version('peft')} has no {case.config}")
                 continue
             pair = layer_pair(case, dtype, fp32_adapters, setting.size, setting.tokens)
-            if found := fault(pair.forwards["ours"], disagreement(pair), dtype):  # type: ignore[arg-type]
+            ours: nn.Module = pair.forwards["ours"]  # type: ignore[assignment]
+            found = fault(ours, disagreement(pair), dtype)
+            if not found and is_left_on_purpose(ours):
+                add_named(pair)
+                found = fault(pair.forwards[NAMED], disagreement(pair, NAMED), dtype)  # type: ignore[arg-type]
+            if found:
                 report.wrong.append(f"{what}: {found}")
                 continue
             steps = {name: pair.step(name) for name in pair.forwards}
@@ -249,6 +273,10 @@ def _race(goal: Goal, steps: dict[str, Step], seconds: float, setting: Setting, 
     )
     bar.remove_task(task)
     ratio = paired_ratio(times["theirs"], times["ours"])
+    if NAMED in times:
+        named = paired_ratio(times["theirs"], times[NAMED])
+        same = f"left to PEFT; by route {NAMED} {named.p50:.2f} x ({named.p20:.2f} to {named.p80:.2f})"
+        goal = replace(goal, same=same)
     report.goals.append(replace(goal, value=ratio.p50, spread=(ratio.p20, ratio.p80)))
     report.times[goal.what] = {name: Spread.of(values) for name, values in times.items()}
     report.rounds[goal.what] = len(times["ours"])
@@ -303,67 +331,6 @@ def run(setting: Setting, console: Console) -> Report:
         layers(setting, report, progress)
         training_steps(setting, report, progress)
     return report
-
-
-def time_rows(report: Report) -> list[tuple[str, ...]]:
-    """Cells of the table of times in milliseconds."""
-    rows = []
-    for what, times in report.times.items():
-        both = (times[name] for name in SIDES)
-        rows.append((what, *(f"{s.p50:.1f} ({s.p20:.1f} to {s.p80:.1f})" for s in both), str(report.rounds[what])))
-    return rows
-
-
-def call_rows(report: Report) -> list[tuple[str, ...]]:
-    """Cells of the table of small calls in microseconds."""
-    rows = []
-    for what, calls in report.calls.items():
-        theirs, ours = (calls[name].p50 for name in SIDES)
-        rows.append((what, f"{theirs:.0f} µs", f"{ours:.0f} µs", f"{ours - theirs:+.0f} µs"))
-    return rows
-
-
-def markdown(report: Report, content: dict[str, Any], setting: Setting) -> str:
-    """The result as a page."""
-    facts = content["environment"]
-    return "\n".join(
-        [
-            "# PEFT's layers and the same layers accelerated, on a CPU",
-            "",
-            f"{facts['cpu']}, {facts['torch_threads']} threads; torch {facts['torch']}, PEFT {facts['peft']}, "
-            f"transformers {facts['transformers']}, Python {facts['python']}; commit {content['commit']}, "
-            f"{content['time']}. Load average before and after: "
-            f"{' and '.join(f'{load:.1f}' for load in content['load'])}.",
-            "",
-            f"Command: `{' '.join(content['command'])}`. Layers {setting.size} -> {setting.size} with "
-            f"{setting.tokens} tokens, forward and backward with gradients for x and what trains, after a change of "
-            "every trained tensor, as an optimiser step makes it. Speed-ups are medians of the ratios within rounds, "
-            "20th and 80th percentile in brackets.",
-            "",
-            markdown_table(GOAL_HEADER, [goal.cells() for goal in report.goals]),
-            "Milliseconds, median and 20th to 80th percentile:",
-            "",
-            markdown_table(TIME_HEADER, time_rows(report)),
-            "What deciding and dispatching costs, seen where nothing else does: a layer "
-            f"{setting.small_size} -> {setting.small_size}, {setting.small_tokens} tokens.",
-            "",
-            markdown_table(CALL_HEADER, call_rows(report)),
-            *[f"Wrong: {what}\n" for what in report.wrong],
-            *[f"Left out: {what}\n" for what in report.left_out],
-        ]
-    )
-
-
-def show(report: Report, console: Console) -> None:
-    """Both tables a person looks at, faults below them."""
-    goals = [goal.cells() for goal in report.goals]
-    for header, rows in ((GOAL_HEADER, goals), (CALL_HEADER, call_rows(report))):
-        table = Table(*header)
-        for row in rows:
-            table.add_row(*row, style="red" if "MISSED" in row else None)
-        console.print(table)
-    for line in (*(f"[red]wrong:[/red] {what}" for what in report.wrong), *(f"left out: {w}" for w in report.left_out)):
-        console.print(line)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,10 @@ __all__ = ["Goal", "as_dicts", "missed"]
 
 @dataclass(frozen=True)
 class Goal:
-    """`value` must be at least `bound`, or at most where `at_least` is False."""
+    """`value` must be at least `bound`, or at most where `at_least` is False.
+
+    `same` says why nothing but chance can tell the two sides apart: their 80th percentile must then reach the bound.
+    """
 
     what: str
     value: float
@@ -19,11 +22,13 @@ class Goal:
     unit: str = "x"
     at_least: bool = True
     spread: tuple[float, float] | None = None
+    same: str = ""
 
     @property
     def met(self) -> bool:
         """Whether the line holds."""
-        return self.value >= self.bound if self.at_least else self.value <= self.bound
+        value = self.spread[1] if self.same and self.spread else self.value
+        return value >= self.bound if self.at_least else value <= self.bound
 
     def cells(self) -> tuple[str, str, str, str]:
         """What, measured (with the 20th to 80th percentile), goal, verdict."""
@@ -35,7 +40,7 @@ class Goal:
             self.what,
             measured,
             f"{relation} {self.bound:{digits}} {self.unit}",
-            "met" if self.met else "MISSED",
+            (self.same or "met") if self.met else "MISSED",
         )
 
 

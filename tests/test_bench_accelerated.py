@@ -97,8 +97,8 @@ def only(*titles: str) -> bench.Setting:
 
 
 def test_another_function_is_told_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(model: nn.Module) -> nn.Module:
-        twin = accelerated(model)
+    def wrong(model: nn.Module, route: str = "auto") -> nn.Module:
+        twin = accelerated(model, route)
         twin.register_forward_hook(lambda module, given, y: y * 1.1)
         return twin
 
@@ -120,6 +120,43 @@ def test_layers_that_are_left_to_peft_are_told_and_not_timed(monkeypatch: pytest
         bench.training_steps(TINY, found, progress)
     assert len(found.wrong) == 1 + 3 + 2 and all("left to PEFT" in what for what in found.wrong)
     assert [goal.unit for goal in found.goals] == ["ms"] and not found.passed
+
+
+def test_what_peft_computes_as_fast_is_told_beside_ours() -> None:
+    found = bench.Report()
+    with bench.Progress(console=Console(quiet=True)) as progress:
+        bench.layers(only("vera r=256", "tinylora r=2"), found, progress)
+    assert not found.wrong
+    left = {goal.what: goal for goal in found.goals if goal.same}
+    assert list(left) == ["vera r=256, bf16, adapters bf16"]
+    (goal,) = left.values()
+    assert goal.same.startswith("left to PEFT; by route addmm ") and goal.spread is not None
+    assert goal.cells()[-1] == (goal.same if goal.spread[1] >= 1.0 else "MISSED")
+    assert {what for what, times in found.times.items() if "addmm" in times} == set(left)
+
+
+def test_our_own_is_compared_too_where_calls_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(model: nn.Module, route: str = "auto") -> nn.Module:
+        twin = accelerated(model, route)
+        if route != "auto":
+            twin.register_forward_hook(lambda module, given, y: y * 1.1)
+        return twin
+
+    accelerated = bench.accelerated_twin
+    monkeypatch.setattr(bench, "accelerated_twin", wrong)
+    found = bench.Report()
+    with bench.Progress(console=Console(quiet=True)) as progress:
+        bench.layers(only("vera r=256"), found, progress)
+    assert len(found.wrong) == 1 and found.wrong[0].startswith("vera r=256, bf16, adapters bf16: differs from PEFT by")
+    assert len(found.goals) == 2
+
+
+def test_sides_that_run_the_same_code_are_met_within_chance() -> None:
+    goal = Goal("left", 0.99, 1.0, spread=(0.95, 1.01), same="left to PEFT")
+    assert goal.met and goal.cells()[-1] == "left to PEFT"
+    slower = bench.replace(goal, spread=(0.95, 0.99))
+    assert not slower.met and slower.cells()[-1] == "MISSED"
+    assert not bench.replace(goal, same="").met
 
 
 @pytest.mark.parametrize(("value", "wrong", "status"), [(1.3, [], 0), (1.2, [], 1), (1.3, ["lora: differs"], 1)])
