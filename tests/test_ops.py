@@ -35,6 +35,29 @@ def test_opcheck(core, p, wants):
     torch.library.opcheck(ops.backward_op, (o.dy, *saved), options)
 
 
+@pytest.mark.parametrize("rank", [3, 70])
+@pytest.mark.parametrize("route", ["addmm", "precise", "reference"])
+def test_gradients_are_laid_out_as_the_factors_are(route, rank):
+    """By the operator, its fake implementation, and the way around it."""
+    o = Operands.random(6, 10, 14, rank).to(torch.float32)
+    rows, options = (o.x.detach(), o.a.detach(), o.b.detach()), options_of("none", 0.0, ALL) | {"route": route}
+    x, a, b = rows
+    for turned in (False, True):
+        if turned:
+            a, b = (t.t().contiguous().t() for t in (a, b))
+        _, s, _ = ops.forward_op(x, o.weight, a, b, None, None, None, **options)
+        saved = (o.dy, x, o.weight, a, b, None, s, None)
+        torch.library.opcheck(ops.backward_op, saved, options)
+        grads = ops.backward_op(*saved, **options)
+        assert grads[1].stride() == a.stride() and grads[2].stride() == b.stride()
+        leaves = [a.requires_grad_(), b.requires_grad_()]
+        y = lf.lowrank_linear(x, o.weight, *leaves, scale=0.5, route=route)
+        direct = torch.autograd.grad(y, leaves, o.dy)
+        for found, grad, leaf in zip(direct, grads[1:3], leaves, strict=True):
+            assert torch.equal(found, grad) and found.stride() == leaf.stride()
+            leaf.requires_grad_(False)
+
+
 def test_forward_computes_only_what_backward_will_need():
     o = Operands.random(6, 10, 14, 3)
     arguments = (o.x.detach(), o.weight, o.a.detach(), o.b.detach(), None, None, torch.tensor([1]))
