@@ -227,6 +227,20 @@ def vera(dropout: float) -> Any:
     return peft.VeraConfig(r=4, target_modules=["0"], vera_dropout=dropout)
 
 
+def test_as_fast_is_what_all_active_adapters_have_to_be():
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)).bfloat16(), vera(0), autocast_adapter_dtype=False)
+    model.add_adapter("wide", vera(0))
+    layer = model.base_model.model[0]
+    for vectors in (layer.vera_lambda_d, layer.vera_lambda_b):
+        vectors["wide"].data = vectors["wide"].data.float()
+    lf.accelerate(model)
+    for active, path in (("default", "original"), ("wide", "fused"), (["default", "wide"], "fused")):
+        model.base_model.set_adapter(active)
+        peft_layers.state_of(layer).calls.clear()
+        model(torch.ones(2, 8, dtype=torch.bfloat16))
+        assert [row.path for row in lf.explain(model).rows] == [path]
+
+
 def test_a_base_layer_that_computes_itself_has_our_term_beside_it():
     """Nobody measured that PEFT would be as fast there."""
     model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)).bfloat16(), vera(0), autocast_adapter_dtype=False)

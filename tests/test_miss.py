@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lowrank_fused as lf
+from lowrank_fused.routes import precise, tiled
 
 
 def make_model() -> nn.Sequential:
@@ -77,3 +78,25 @@ def test_bat_and_what_does_not_divide_are_refused(tmp_path):
     peft.get_peft_model(make_model(), config).save_pretrained(tmp_path)
     with pytest.raises(lf.CheckpointError, match="'bat' updates the weight"):
         lf.load_adapter(make_model(), tmp_path)
+
+
+@pytest.mark.parametrize("route", ["auto", "reference"])
+def test_accelerated_layers_of_one_width_share_a_tiled_identity_and_sum_by_it(route, monkeypatch):
+    """It outlives changes of the blocks; fp32 adapters on a bf16 base."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_model().bfloat16(), peft.MissConfig(r=4, target_modules=["0", "2", "3"]))
+    lf.accelerate(model, route=route, precision="fast" if route == "reference" else "match")
+    repeated, summed = [], []
+    make, cut = tiled._repeated, tiled.shards
+    monkeypatch.setattr(tiled, "_repeated", lambda *given: repeated.append(given) or make(*given))
+    monkeypatch.setattr(precise, "shards", lambda *given: summed.append(given) or cut(*given))
+    x = torch.randn(6, 20, dtype=torch.bfloat16, requires_grad=True)
+    for _ in range(3):
+        model(x).sum().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1)
+    assert [given[:2] for given in repeated] == [(4, 20), (4, 12)]
+    # Three layers, forward and backward.
+    assert len(summed) == (0 if route == "reference" else 3 * 3 * 2)

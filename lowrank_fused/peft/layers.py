@@ -276,7 +276,7 @@ def _why_not_faster(layer: Any, active: list[str], x: Tensor) -> str | None:
     reader = layer.reader
     if reader.as_fast_in_16_bits is None or layer.__dict__[STATE].settings.route != "auto":
         return None
-    return reader.as_fast_in_16_bits if any(reader.is_as_fast(layer, name, x) for name in active) else None
+    return reader.as_fast_in_16_bits if all(reader.is_as_fast(layer, name, x) for name in active) else None
 
 
 def _fused(layer: Any, x: Tensor, active: list[str], base: Base | None, compiling: bool) -> Tensor:

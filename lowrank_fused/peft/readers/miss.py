@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from lowrank_fused.routes.tiled import tiled_identity
@@ -12,10 +14,8 @@ from lowrank_fused.terms import Terms
 
 from . import Base, Part, Reader, Remembered, reader
 
-
-def tiles(block: Tensor, *, in_features: int) -> tuple[Tensor]:
-    """A [r, in] of a block [r, out]."""
-    return (tiled_identity(len(block), in_features, block.dtype, block.device),)
+# A of each layer's adapters, which keep it while they live: layers of one width share it.
+_kept: WeakKeyDictionary[Any, dict[str, Tensor]] = WeakKeyDictionary()
 
 
 @reader("miss.layer:MissLinear")
@@ -42,7 +42,9 @@ class Miss(Reader):
     @staticmethod
     def read(layer: Any, adapter: str, base: Base | None, remembered: Remembered) -> Part:
         block = layer.miss_block[adapter]
-        (a,) = remembered(tiles, block, in_features=layer.in_features)
+        a = tiled_identity(len(block), layer.in_features, block.dtype, block.device)
+        if not torch.compiler.is_compiling():
+            _kept.setdefault(layer, {})[adapter] = a
         b = block.t()
         if layer.miss_fn == "mini":
             b = b.repeat(layer.out_features // len(b), 1)
