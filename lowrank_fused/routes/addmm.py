@@ -73,11 +73,10 @@ def backward(
     keep = None if mask is None else unpack(mask, a.shape[1])
     if o.wants_b and s is not None:
         v = core_forward(s, o.core_kind, core)
-        grads.b = (
-            _scaled_mm(v.t(), dy, o.scale).t()
-            if across(b)
-            else _scaled_mm(dy.t(), v, o.scale, out=_if_like(into.b, dy))
-        )
+        if across(b):
+            grads.b = _scaled_mm(v.t(), dy, o.scale).t()
+        else:
+            grads.b = _scaled_mm(dy.t(), v, o.scale, out=_if_like(into.b, dy))
     if o.wants_x and weight is not None and forms_weight(dy.shape[0], weight.shape[0], a.shape[0], dy.dtype, o):
         grads.x = dy @ _formed(weight, a, b, core, o)
     if o.wants_a or o.wants_core or (o.wants_x and grads.x is None):
