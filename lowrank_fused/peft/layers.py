@@ -55,8 +55,8 @@ class Accelerated:
         active: list[str] = []
         reason = _why_not(self, x, args, kwargs, active, compiling)
         base = _base_of(self, x) if reason is None else None
-        if reason is None:
-            reason = _why_not_beside(self, active) if base is None else _why_not_faster(self, active, x)
+        if reason is None and base is None:
+            reason = _why_not_beside(self, active)
         if not compiling:
             path = "original" if reason else "fused" if base else "tail"
             self.__dict__[STATE].calls[path, reason or ""] += 1
@@ -72,8 +72,6 @@ class Accelerated:
         base = _base_of(self, x)
         if base is None:
             return "the base layer computes by itself"
-        if reason := _why_not_faster(self, active, x):
-            return reason
         state = self.__dict__[STATE]
         reader, settings, training = self.reader, state.settings, self.training  # type: ignore[attr-defined]
         parts = [reader.read(self, name, base, partial(state.remember, name, training)) for name in active]
@@ -154,7 +152,12 @@ def _why_not(
     if len(shape) < 2 or shape[-1] != layer.in_features:
         return "input is no matrix, or one of another width"
     for adapter in active:
-        if reason := _why_not_wanted(layer, adapter) or _why_not_now(layer, adapter, x):
+        if reason := _why_not_wanted(layer, adapter):
+            return reason
+    if reason := _why_not_faster(layer, active, x):  # before what costs more to find out
+        return reason
+    for adapter in active:
+        if reason := _why_not_now(layer, adapter, x):
             return reason
     if len(active) > 1 and any(reader.needs_weight(layer, name) for name in active):
         return "several adapters, one of which depends on the weight"
@@ -175,8 +178,8 @@ def _why_observed() -> str | None:
 def adapter_path(layer: Any, adapter: str) -> tuple[str, str | None]:
     """Our name of the adapter's method, and why calls with an x like the base weight leave it to PEFT."""
     reason = _why_not_wanted(layer, adapter)
-    if reason is None and base_is_ours(layer):
-        reason = _why_not_faster(layer, [adapter], weight_of(child_of(layer, "base_layer")))
+    if reason is None:
+        reason = _why_not_faster(layer, [adapter], None)
     return layer.reader.method(layer, adapter), reason
 
 
@@ -271,11 +274,12 @@ def _why_not_beside(layer: Any, active: list[str]) -> str | None:
     return None
 
 
-def _why_not_faster(layer: Any, active: list[str], x: Tensor) -> str | None:
-    """Why PEFT's own forward is as fast with this x, or one like it."""
+def _why_not_faster(layer: Any, active: list[str], x: Tensor | None) -> str | None:
+    """Why PEFT's own forward is as fast for this x, or for one like the base weight."""
     reader = layer.reader
-    if reader.as_fast_in_16_bits is None or layer.__dict__[STATE].settings.route != "auto":
+    if reader.as_fast_in_16_bits is None or layer.__dict__[STATE].settings.route != "auto" or not base_is_ours(layer):
         return None
+    x = weight_of(child_of(layer, "base_layer")) if x is None else x
     return reader.as_fast_in_16_bits if all(reader.is_as_fast(layer, name, x) for name in active) else None
 
 
