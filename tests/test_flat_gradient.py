@@ -130,7 +130,7 @@ def checkpointed(model: nn.Module, x: Tensor) -> Tensor:
     return checkpoint(model, x, use_reentrant=False).square().sum()
 
 
-ROUTES = ["addmm", *(pytest.param(route, marks=pytest.mark.triton) for route in ("thin", "split", "single"))]
+ROUTES = ["addmm", "precise", *(pytest.param(route, marks=pytest.mark.triton) for route in ("thin", "split", "single"))]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])

@@ -68,12 +68,12 @@ def backward(
     keep = None if saved.mask is None else unpack(saved.mask, a.shape[1])
     gv = torch.empty(dy.shape[0], b.shape[1], dtype=b.dtype, device=dy.device)
     v = core_forward(saved.s, o.core_kind, core) if o.wants_b and saved.s is not None else None
-    grads.b = _dy_side(dy, b, v, o.scale, gv)
+    grads.b = _dy_side(dy, b, v, o.scale, gv, into.b)
     if o.wants_core and saved.s is not None:
         grads.core = core_grad(gv, saved.s, o.core_kind)
     ds = core_input_grad(gv, o.core_kind, core)
     if o.wants_a and x is not None:
-        grads.a = _factor_grad(x, ds, keep, o.keep_scale)
+        grads.a = _factor_grad(x, ds, keep, o.keep_scale, into.a)
     if o.wants_x:
         grads.x = dy.new_zeros(dy.shape[0], a.shape[1]) if weight is None else dy @ weight
         _add_product(grads.x, ds, a, o.keep_scale, keep)
@@ -142,10 +142,14 @@ def _shrunk(x: Tensor, a: Tensor, keep: Tensor | None, keep_scale: float) -> Ten
     return s
 
 
-def _dy_side(dy: Tensor, b: Tensor, v: Tensor | None, scale: float, gv: Tensor) -> Tensor | None:
+def _dy_side(
+    dy: Tensor, b: Tensor, v: Tensor | None, scale: float, gv: Tensor, into: Tensor | None = None
+) -> Tensor | None:
     """scale · dy B, written to `gv`, and given v the gradient scale · dyᵀ v of B."""
     turned = across(b)
-    of_b = None if v is None else b.new_empty(b.shape[::-1] if turned else b.shape)
+    of_b = None
+    if v is not None:
+        of_b = b.new_empty(b.shape[::-1]) if turned else _like_or_new(into, b, b.shape)
     for rows, wide in _widened_blocks(dy):
         _product(wide, b, scale, gv[rows])
         if of_b is not None and v is not None:
@@ -158,12 +162,17 @@ def _dy_side(dy: Tensor, b: Tensor, v: Tensor | None, scale: float, gv: Tensor) 
     return of_b.t() if turned else of_b
 
 
-def _factor_grad(x: Tensor, ds: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
+def _factor_grad(x: Tensor, ds: Tensor, keep: Tensor | None, keep_scale: float, into: Tensor | None = None) -> Tensor:
     """dA = dsᵀ drop(x)."""
-    grad = ds.new_empty(ds.shape[1], x.shape[1])
+    grad = _like_or_new(into, ds, (ds.shape[1], x.shape[1]))
     for rows, wide in _widened_blocks(x, keep):
         _product(ds[rows].t(), wide, keep_scale, grad, onto=rows.start > 0)
     return grad if len(x) else grad.zero_()
+
+
+def _like_or_new(into: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`into` if it has the dtype of a sum, else a new tensor."""
+    return like.new_empty(shape) if into is None or into.dtype != like.dtype else into
 
 
 def _add_product(into: Tensor, p: Tensor, q: Tensor, alpha: float, keep: Tensor | None = None) -> None:
