@@ -222,7 +222,7 @@ def tiles(
         if block_r == 128:
             tallest = 16 if R % 16 else 32 if tile.num_warps == 4 else 64
         elif block_r == 64 and R % 16 and arch >= 120:
-            tallest = 32
+            tallest = 16 if K % 16 else 32
         return choose_split(M, K, R, tile, sms) if tile.block_m <= tallest else 1
 
     splits = [split_of(tile) for tile in found]

@@ -148,7 +148,7 @@ def _forward_costs(n: int, k: int, r: int, dropout: bool, arch: int, layers: int
     costs = {
         "split": _Cost(triton, over_n, 1 + layers),
         "thin": _Cost(1.0, over_k + over_n, 1 + 2 * layers),
-        "addmm": _Cost(1.0, 2 * over_k + (1 + 2.5 * dropout) * over_n, 2 + 2 * layers + 40 * dropout),
+        "addmm": _Cost(1.0, 2 * over_k + (1 + 2.5 * dropout) * over_n, 2 + 2 * layers + 35 * dropout),
     }
     if r <= _MAX_SINGLE_RANK:
         columns = 256 if arch == 90 and r <= 16 else 128  # in the widest block that holds s beside y
@@ -163,7 +163,7 @@ def _backward_costs(n: int, k: int, r: int, dropout: bool, arch: int, layers: in
     return {
         "split": _Cost(triton, over_k + over_n, 1 + 2 * layers),
         "thin": _Cost(1.0, over_k + 2 * over_n, 1 + 2 * layers),
-        "addmm": _Cost(1.0, 2 * over_k + (4 + 2.5 * dropout) * over_n, 4 + 4 * layers + 20 * dropout),
+        "addmm": _Cost(1.0, 2 * over_k + (4 + 2.5 * dropout) * over_n, 4 + 4 * layers + 10 * dropout),
     }
 
 
