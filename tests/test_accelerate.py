@@ -193,7 +193,7 @@ AS_FAST: dict[str, tuple[dict[str, Any], bool]] = {
     "without gradients": ({"grad": False}, False),
     "frozen": ({"frozen": True}, False),
     "fp32": ({"dtype": torch.float32}, False),
-    "fp32 adapter": ({"fp32_adapter": True}, False),
+    "fp32 adapter": ({"fp32_adapter": True}, True),
     "a route by name": ({"route": "addmm"}, False),
     "a route from outside": ({"environment": "reference"}, False),
     "another method": ({"config": "LoraConfig"}, False),
@@ -229,13 +229,13 @@ def vera(dropout: float) -> Any:
 
 def test_as_fast_is_what_all_active_adapters_have_to_be():
     model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)).bfloat16(), vera(0), autocast_adapter_dtype=False)
-    model.add_adapter("wide", vera(0))
+    model.add_adapter("frozen", vera(0))
     layer = model.base_model.model[0]
-    for vectors in (layer.vera_lambda_d, layer.vera_lambda_b):
-        vectors["wide"].data = vectors["wide"].data.float()
     lf.accelerate(model)
-    for active, path in (("default", "original"), ("wide", "fused"), (["default", "wide"], "fused")):
+    for active, path in (("default", "original"), ("frozen", "fused"), (["default", "frozen"], "fused")):
         model.base_model.set_adapter(active)
+        for vectors in (layer.vera_lambda_d, layer.vera_lambda_b):
+            vectors["frozen"].requires_grad_(False)
         peft_layers.state_of(layer).calls.clear()
         model(torch.ones(2, 8, dtype=torch.bfloat16))
         assert [row.path for row in lf.explain(model).rows] == [path]

@@ -312,7 +312,7 @@ def paths(model: nn.Module) -> dict[tuple[str, str], int]:
 def route_of(model: nn.Module, mode: Mode, p: float, device: torch.device | str) -> str:
     """`auto`, but for calls that it leaves to PEFT for speed alone one that runs ours."""
     (reader,) = {readers.layer_classes()[type(layer)] for layer in layers(model).values()}
-    in_16_bits = not mode.fp32_adapters and not mode.autocast and torch.device(device).type == "cpu"
+    in_16_bits = (mode.x or mode.base) != torch.float32 and torch.device(device).type == "cpu"
     return "addmm" if reader.as_fast_in_16_bits and in_16_bits and not p else "auto"
 
 
