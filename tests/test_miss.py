@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lowrank_fused as lf
-from lowrank_fused.routes import precise, tiled
+from lowrank_fused import tiled
+from lowrank_fused.routes import precise
 
 
 def make_model() -> nn.Sequential:
@@ -87,8 +88,8 @@ def test_accelerated_layers_of_one_width_share_a_tiled_identity_and_sum_by_it(ro
     model = peft.get_peft_model(make_model().bfloat16(), peft.MissConfig(r=4, target_modules=["0", "2", "3"]))
     lf.accelerate(model, route=route, precision="fast" if route == "reference" else "match")
     repeated, summed = [], []
-    make, cut = tiled._repeated, tiled.shards
-    monkeypatch.setattr(tiled, "_repeated", lambda *given: repeated.append(given) or make(*given))
+    make, cut = tiled.repeated_identity, tiled.shards
+    monkeypatch.setattr(tiled, "repeated_identity", lambda *given: repeated.append(given) or make(*given))
     monkeypatch.setattr(precise, "shards", lambda *given: summed.append(given) or cut(*given))
     x = torch.randn(6, 20, dtype=torch.bfloat16, requires_grad=True)
     for _ in range(3):

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank_fused import Gate, lowrank_add, lowrank_linear
 from lowrank_fused.branches import Branch, lowrank_group
 from lowrank_fused.routes import precise
-from lowrank_fused.routes.tiled import tiled_identity
+from lowrank_fused.tiled import tiled_identity
 
 M, N, K, R = 37, 18, 24, 4
 BF16 = torch.bfloat16

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from lowrank_fused import lowrank_add, lowrank_linear
-from lowrank_fused.routes import addmm, precise, tiled
-from lowrank_fused.routes.tiled import is_tiled, tiled_identity
+from lowrank_fused import lowrank_add, lowrank_linear, tiled
+from lowrank_fused.routes import addmm, precise
+from lowrank_fused.tiled import is_tiled, tiled_identity
 
 CPU = torch.device("cpu")
 M, N, K, R = 37, 18, 24, 6

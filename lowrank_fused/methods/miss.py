@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from lowrank_fused.initializers import compute_dtype
 from lowrank_fused.peft_format import PeftFormat
 from lowrank_fused.terms import Terms
+from lowrank_fused.tiled import repeated_identity
 
 from . import Site, Start, method
 
@@ -34,8 +35,7 @@ def tiles(weight: Tensor, rank: int, site: Site) -> nn.Parameter:
     in_features = weight.shape[1]
     name = f"miss_A.{rank}x{in_features}.{weight.dtype}.{weight.device}"
     if name not in site.shared:
-        identity = torch.eye(rank, dtype=weight.dtype, device=weight.device)
-        tiled = identity.repeat(1, math.ceil(in_features / rank))[:, :in_features].contiguous()
+        tiled = repeated_identity(rank, in_features, weight.dtype, weight.device)
         site.shared[name] = nn.Parameter(tiled, requires_grad=False)
     return site.shared[name]
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..dropout import keep_of, pack, unpack, zero_dropped
+from ..tiled import is_tiled, shards
 from .cores import core_forward, core_grad, core_input_grad
 from .problem import NOWHERE, Grads, GroupGrads, GroupOptions, Into, Options, Saved
 from .rows import across, readable
-from .tiled import is_tiled, shards
 
 __all__ = ["add_forward", "backward", "forms_weight", "forward", "group_backward", "group_forward"]
 

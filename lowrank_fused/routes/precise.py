@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dropout import keep_of, pack, rows_at_a_time, unpack, zero_dropped
+from ..tiled import is_tiled, shards
 from .cores import core_forward, core_grad, core_input_grad
 from .problem import NOWHERE, Grads, GroupGrads, GroupOptions, Into, Options, Saved
 from .rows import across
-from .tiled import is_tiled, shards
 
 __all__ = ["add_forward", "backward", "forward", "group_backward", "group_forward"]
 

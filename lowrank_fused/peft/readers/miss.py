@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lowrank_fused.routes.tiled import tiled_identity
 from lowrank_fused.terms import Terms
+from lowrank_fused.tiled import tiled_identity
 
 from . import Base, Part, Reader, Remembered, reader
 

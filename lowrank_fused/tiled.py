@@ -11,25 +11,26 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-__all__ = ["is_tiled", "shards", "tiled_identity"]
+__all__ = ["is_tiled", "repeated_identity", "shards", "tiled_identity"]
 
 _made: WeakValueDictionary[tuple[int, int, torch.dtype, torch.device], Tensor] = WeakValueDictionary()
 
 
 def tiled_identity(rank: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A [rank, columns] with A[k, c] = 1 where c ≡ k mod rank; one for all that ask while somebody keeps it."""
+    """`repeated_identity`, one for all that ask while somebody keeps it, which `is_tiled` knows again."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return _repeated(rank, columns, dtype, device)
+        return repeated_identity(rank, columns, dtype, device)
     key = (rank, columns, dtype, device)
     found = _made.get(key)
     if found is None or found._version:
         with torch.inference_mode(False):
-            found = _repeated(rank, columns, dtype, device)
+            found = repeated_identity(rank, columns, dtype, device)
         _made[key] = found
     return found
 
 
-def _repeated(rank: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def repeated_identity(rank: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new A [rank, columns] with A[k, c] = 1 where c ≡ k mod rank."""
     identity = torch.eye(rank, dtype=dtype, device=device)
     return identity.repeat(1, -(-columns // rank))[:, :columns].contiguous()
 
