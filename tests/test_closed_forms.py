@@ -12,21 +12,13 @@ from lowrank_fused.kernels.launch import Launch, record, targeting
 from lowrank_fused.roofline.closed_forms import Extra, extra_bytes, partial_sums
 from lowrank_fused.roofline.groups import Members, groups
 from lowrank_fused.roofline.passes import Setting, Tensors
-from lowrank_fused.roofline.recorded import recorded_group
-from lowrank_fused.tools.model_shapes import LinearShape
+from lowrank_fused.roofline.recorded import recorded_group, recorded_step
+from lowrank_fused.tools.model_shapes import LinearShape, build, linear_shapes
 from lowrank_fused.tools.shipped import CallCase
 
-SIZES = {
-    "q_proj": (4096, 4096),
-    "k_proj": (4096, 1024),
-    "v_proj": (4096, 1024),
-    "gate_proj": (4096, 14336),
-    "up_proj": (4096, 14336),
-    "down_proj": (14336, 4096),
-}
-LLAMA = [LinearShape(name, k, n, bias=False, count=32) for name, (k, n) in SIZES.items()]
-GROUPS = [members for members in groups(LLAMA) if len(members) > 1]
-ALONE = [(LLAMA[i],) for i in (0, 1, 3, 5)]
+LLAMA = {linear.name: linear for linear in linear_shapes(build("llama-3-8b"))}
+GROUPS = [members for members in groups(list(LLAMA.values())) if len(members) > 1]
+ALONE = [(LLAMA[name],) for name in ("q_proj", "k_proj", "gate_proj", "down_proj")]
 CALLS = [*itertools.product(("split", "thin", "single"), ALONE), *itertools.product(("split", "thin"), GROUPS)]
 
 
@@ -74,6 +66,19 @@ def parts_of(launch: Launch) -> int:
         for tensor in launch.writes
         if tensor is not None and tensor.dtype == torch.float32 and any(tensor is other for other in launch.reads)
     )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rank", "most"), [(8192, 16, 0.04), (1024, 16, 0.12), (8192, 64, 0.22), (1024, 128, 0.83)]
+)
+def test_partial_sums_are_the_share_that_is_said(tokens: int, rank: int, most: float) -> None:
+    """Beside everything else that a step moves, of the layer where that is most."""
+    shares = []
+    for linear in LLAMA.values():
+        passes = [one for way in recorded_step("split", linear, Setting(tokens, rank)) for one in way]
+        scratch = sum(one.scratch for one in passes)
+        shares.append(scratch / (sum(one.bytes for one in passes) - scratch))
+    assert max(shares) == pytest.approx(most, abs=0.006)
 
 
 @pytest.mark.parametrize("arch", [80, 90])

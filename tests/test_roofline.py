@@ -27,16 +27,7 @@ from lowrank_fused.roofline.recorded import recorded_group, recorded_step
 from lowrank_fused.routes import _GEMM_EFFICIENCY
 from lowrank_fused.tools.model_shapes import LinearShape, build, linear_shapes
 
-SIZES = {
-    "q_proj": (4096, 4096),
-    "k_proj": (4096, 1024),
-    "v_proj": (4096, 1024),
-    "o_proj": (4096, 4096),
-    "gate_proj": (4096, 14336),
-    "up_proj": (4096, 14336),
-    "down_proj": (14336, 4096),
-}
-LLAMA = [LinearShape(name, k, n, bias=False, count=32) for name, (k, n) in SIZES.items()]
+LLAMA = linear_shapes(build("llama-3-8b"))
 H100 = GPUS["H100"]
 
 
@@ -280,7 +271,7 @@ def test_assumptions_move_what_they_name() -> None:
     assert slow["split"].us > 1.8 * base["split"].us
     launches = base["thin"].forward_launches + base["thin"].backward_launches
     assert block(0.1, launch_us=2.0)["thin"].us == pytest.approx(base["thin"].us + 2 * launches)
-    library = 2e6 * 2 * 8192 * sum(k * n for k, n in SIZES.values()) / H100.peak
+    library = 2e6 * 2 * 8192 * sum(linear.in_features * linear.out_features for linear in LLAMA) / H100.peak
     assert block(0.1, beta_cost=0.03)["thin"].us == pytest.approx(base["thin"].us + 0.03 * library)
     thin = sum(
         q.bytes
