@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -96,14 +97,21 @@ def only(*titles: str) -> bench.Setting:
     return bench.replace(TINY, cases=tuple(case for case in TINY.cases if case.title in titles))
 
 
-def test_another_function_is_told_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def spoil(monkeypatch: pytest.MonkeyPatch, spoils: Callable[[str], bool]) -> None:
+    """Have accelerated models of such routes compute something else."""
+    accelerated = bench.accelerated_twin
+
     def wrong(model: nn.Module, route: str = "auto") -> nn.Module:
         twin = accelerated(model, route)
-        twin.register_forward_hook(lambda module, given, y: y * 1.1)
+        if spoils(route):
+            twin.register_forward_hook(lambda module, given, y: y * 1.1)
         return twin
 
-    accelerated = bench.accelerated_twin
     monkeypatch.setattr(bench, "accelerated_twin", wrong)
+
+
+def test_another_function_is_told_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, lambda route: True)
     found = bench.Report()
     with bench.Progress(console=Console(quiet=True)) as progress:
         bench.layers(only("lora r=16, dropout 0.1"), found, progress)
@@ -136,14 +144,7 @@ def test_what_peft_computes_as_fast_is_told_beside_ours() -> None:
 
 
 def test_our_own_is_compared_too_where_calls_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(model: nn.Module, route: str = "auto") -> nn.Module:
-        twin = accelerated(model, route)
-        if route != "auto":
-            twin.register_forward_hook(lambda module, given, y: y * 1.1)
-        return twin
-
-    accelerated = bench.accelerated_twin
-    monkeypatch.setattr(bench, "accelerated_twin", wrong)
+    spoil(monkeypatch, lambda route: route != "auto")
     found = bench.Report()
     with bench.Progress(console=Console(quiet=True)) as progress:
         bench.layers(only("vera r=256"), found, progress)
