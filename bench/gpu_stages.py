@@ -91,9 +91,9 @@ class Setting:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     routes: tuple[str, ...] = ("split", "thin", "single")
     timed_tokens: tuple[int, ...] = (8192, 1024)
-    # Further sizes and tokens of others' kernels: those that they publish figures for.
-    published: Mapping[str, Sequence[tuple[tuple[int, int], int]]] = field(
-        default_factory=lambda: {"lorafusion": [((k, k), m) for m in (8192, 2048) for k in (4096, 5120, 8192)][1:]}
+    # Widths of square layers, and tokens, that others publish figures of their kernels for.
+    published: Mapping[str, tuple[Sequence[int], Sequence[int]]] = field(
+        default_factory=lambda: {"lorafusion": ((4096, 5120, 8192), (8192, 2048))}
     )
     timed_ranks: tuple[int, ...] = (16, 64)
     block: tuple[int, int, int] = (4096, 14336, 1024)  # hidden size, that of the MLP, that of k and v
@@ -251,8 +251,9 @@ def layer_cases(setting: Setting) -> Iterator[Case]:
         names = ("frozen", "eager", "compile", "auto")
         yield Case(f"compile {titled(layer)}", partial(bench_layer, layer, names, setting.budget_s))
     for name in PUBLISHED:
-        sizes = [square, *setting.published.get(name, ())]
-        for (shape, tokens), p in product(sizes, setting.dropouts):
+        widths, tokens_of = setting.published.get(name, ((), ()))
+        theirs = [((width, width), tokens) for tokens, width in product(tokens_of, widths)]
+        for (shape, tokens), p in product(dict.fromkeys([square, *theirs]), setting.dropouts):
             layer = setting.layer(shape, tokens, first, p, dtype)
             yield Case(f"{name} {titled(layer)}", partial(bench_published, layer, name, setting.budget_s))
 
