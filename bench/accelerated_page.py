@@ -61,8 +61,8 @@ def markdown(report: Report, content: dict[str, Any], setting: Setting) -> str:
             "Milliseconds, median and 20th to 80th percentile:",
             "",
             markdown_table(TIME_HEADER, time_rows(report)),
-            "What deciding and dispatching costs, seen where nothing else does: a layer "
-            f"{setting.small_size} -> {setting.small_size}, {setting.small_tokens} tokens.",
+            f"A layer {setting.small_size} -> {setting.small_size} with {setting.small_tokens} tokens, too small to "
+            "gain: its calls are PEFT's own, and the difference is what finding that out costs.",
             "",
             markdown_table(CALL_HEADER, call_rows(report)),
             *[f"Wrong: {what}\n" for what in report.wrong],

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import ops
 from .operands import (
+    check_dropout,
     check_dtypes,
     check_factors,
     core_tensor,
@@ -120,6 +121,7 @@ def lowrank_add(
         raise ValueError("y is a leaf that requires a gradient, which has to stay as it is; pass inplace=False")
     shape = (y.shape[-1], x.shape[-1])
     check_factors(x, shape, a, b, middle, kind, {"out": out, "y": y})
+    check_dropout(dropout_p)
     drop = mask_source(x, dropout_p, seed, keep)
     if torch.is_autocast_enabled(x.device.type):
         x, precision = x.to(torch.get_autocast_dtype(x.device.type)), "fast"
@@ -129,7 +131,7 @@ def lowrank_add(
     if out is not None:
         b = b * out.to(b.dtype)[:, None]
     options = options_of(scale, kind, dropout_p, x, a, b, middle, None)
-    routes = routes_for(x, shape, a, b, dropout_p, route, precision)
+    routes = routes_for(x, shape, a, b, dropout_p, route, precision, own_mask=False)
     into = y if y.dtype == x.dtype else y.new_zeros(y.shape, dtype=x.dtype)
     # A compiler decides by itself where the copy can be left out.
     inplace = inplace and y.is_contiguous() and not torch.compiler.is_compiling()

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operands import check_dtypes, check_factors, guarded, mask_source, rows_of
+from .operands import check_dropout, check_dtypes, check_factors, guarded, mask_source, rows_of
 from .routes import MAX_THIN_RANK, choose_for_group, group_implementation
 from .routes.problem import GroupGrads, GroupOptions, Saved
 from .routes.rows import readable
+from .routes.small import is_small
 
-__all__ = ["Branch", "lowrank_group", "why_not_one_pass"]
+__all__ = ["Branch", "lowrank_group", "too_small_to_share", "why_not_one_pass"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ def why_not_one_pass(x: Tensor, branches: Sequence[Branch]) -> str | None:
     return f"ranks add up to more than {MAX_THIN_RANK}" if x.is_cuda and ranks > MAX_THIN_RANK else None
 
 
+def too_small_to_share(x: Tensor, width: int) -> bool:
+    """Whether a CPU computes results of this many columns in all as fast one by one, dropout or not."""
+    return is_small(x, width, drops=True)
+
+
 def lowrank_group(
     x: Tensor,
     branches: Sequence[Branch],
@@ -133,6 +139,7 @@ def lowrank_group(
             raise ValueError(f"x must end in in_features = {branch.weight.shape[1]}, got {list(x.shape)}")
     if len({branch.a.dtype for branch in branches}) != 1:
         raise TypeError(f"the branches' a must share one dtype, got {[b.a.dtype for b in branches]}")
+    check_dropout(dropout_p)
     drop = mask_source(x, dropout_p, seed, None)
     weights = [branch.weight for branch in branches]
     if torch.is_autocast_enabled(x.device.type):

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .branches import Branch, lowrank_group, why_not_one_pass
+from .branches import Branch, lowrank_group, too_small_to_share, why_not_one_pass
 from .factors.generated import Steps
 
 __all__ = ["GROUP", "NAMES", "Call", "Group", "GroupReport", "group", "group_of", "ungroup"]
@@ -65,6 +65,8 @@ class Call:
 class Member(Protocol):
     """A layer that can be in a group."""
 
+    out_features: int
+
     def as_branch(self, x: Tensor) -> Call | str:
         """What a call with this x computes; why it can't be shared, in words."""
 
@@ -93,6 +95,7 @@ class Group:
         self.names, self.path = tuple(names), path
         self.members = tuple(weakref.ref(member) for member in members)
         self.positions = {id(member): i for i, member in enumerate(members)}
+        self.width = sum(member.out_features for member in members)  # type: ignore[misc]
         self.calls: Counter[str] = Counter()  # reason -> calls by themselves
         self.shared = self.wasted = 0
         self._seen: dict[int, weakref.ref[Tensor]] = {}
@@ -112,6 +115,10 @@ class Group:
         if self._together is None:
             return "not called yet" if self._next is None else "from the next optimiser step on"
         return f"share x: {', '.join(self.together)}" if self._together else "called with different inputs"
+
+    def is_small(self, x: Tensor) -> bool:
+        """Whether to compute the members one by one, because a CPU is as fast at it."""
+        return too_small_to_share(x, self.width)
 
     def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """What the layer's forward(x) returns, if it was or can be computed together with the others'."""

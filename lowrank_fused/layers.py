@@ -186,7 +186,7 @@ class LowRankLinear(nn.Module):
         """x [..., in] -> y [..., out]; the plain linear layer when merged or disabled."""
         # A graph shows every layer by itself: it must neither hold nor depend on what a group remembers.
         group = None if torch.compiler.is_compiling() else self.__dict__.get(GROUP)
-        if group is not None and (y := group.output(self, x)) is not None:
+        if group is not None and not group.is_small(x) and (y := group.output(self, x)) is not None:
             return y
         matrix = self.matrix
         if self.merged or not (self.enabled or self.residual):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from . import ops
 from .add import lowrank_add
 from .operands import (
+    check_dropout,
     check_dtypes,
     check_factors,
     core_tensor,
@@ -31,6 +32,7 @@ from .operands import (
 )
 from .routes.problem import Options, Saved
 from .routes.reference import lowrank_linear_ref
+from .routes.small import eager
 from .terms import Core, core_kind
 
 __all__ = ["lowrank_linear", "lowrank_linear_ref"]
@@ -115,7 +117,8 @@ def lowrank_linear(
         bias: [N].
         dropout_p: probability of dropping an element of the low-rank path's x, kept ones scaled by 1 / (1 − p).
             Applied whenever it is positive: pass 0 when not training.
-        route: "auto", or one of `lowrank_fused.routes.ROUTES`, which then works or raises.
+        route: "auto", or one of `lowrank_fused.routes.ROUTES`, which then works or raises. "auto" leaves a call to
+            PyTorch's own operators and mask where a CPU would spend it on Python (`lowrank_fused.routes.small`).
         precision: "fast" rounds fp32 factors beside a 16-bit x to x's dtype, inside the kernels; "match" multiplies
             them as they are and adds in fp32, as a 16-bit layer with an fp32 adapter does outside of autocast.
         seed: int64 [1] on x's device that determines the mask; drawn from torch's generator when absent.
@@ -124,7 +127,7 @@ def lowrank_linear(
 
     Kept for backward: x by reference if A needs a gradient, s (Ra values a token) if B or the core does, the mask
     as bits if dropout is on; nothing else, except the product before `col` if col needs a gradient. Second
-    derivatives raise.
+    derivatives raise. Calls left to PyTorch's operators keep what these keep.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, a weight that requires a gradient.
@@ -133,6 +136,7 @@ def lowrank_linear(
     """
     kind, middle = core_kind(core), core_tensor(core)
     _check(x, weight)
+    check_dropout(dropout_p)
     shape = (weight.shape[0], weight.shape[1])
     check_factors(x, shape, a, b, middle, kind, {"out": out, "col": col, "bias": bias, "weight": weight})
     if torch.is_autocast_enabled(x.device.type):
@@ -141,7 +145,8 @@ def lowrank_linear(
     if weight.dtype != x.dtype:
         raise TypeError(f"x and weight must share one floating dtype, got {x.dtype} and {weight.dtype}")
     check_dtypes(x, a, b)
-    routes = routes_for(x, shape, a, b, dropout_p, route, precision)
+    own_mask = seed is None and keep is None
+    routes = routes_for(x, shape, a, b, dropout_p, route, precision, own_mask)
     if col is not None and routes[0] == "precise":
         # The product with col has x's dtype, and so would its gradient on the way to A and B.
         y = F.linear(x, weight) * col
@@ -150,7 +155,7 @@ def lowrank_linear(
             out=col if out is None else out * col, dropout_p=dropout_p, route=route, precision=precision,
             seed=seed, keep=keep, label=label, inplace=True,
         )  # fmt: skip
-    drop = mask_source(x, dropout_p, seed, keep)
+    drop = None if routes[0] == "eager" else mask_source(x, dropout_p, seed, keep)
     if isinstance(scale, Tensor):
         b, scale = b * scale.to(b.dtype), 1.0
     if out is not None:
@@ -158,11 +163,14 @@ def lowrank_linear(
     inner_bias = None if col is not None else bias
     if inner_bias is not None and routes[0] != "precise":
         inner_bias = inner_bias.to(x.dtype)
-    options = options_of(scale, kind, dropout_p, x, a, b, middle, inner_bias)
-    if any(options.wants):
-        y = LowRankLinearFunction.apply(x, weight, a, b, middle, inner_bias, drop, options, routes, label)
+    if routes[0] == "eager":
+        y = eager(x, weight, a, b, middle, inner_bias, scale, kind, dropout_p)
     else:
-        y = _run_forward(x, weight, a, b, middle, inner_bias, drop, options, routes[0], label)[0]
+        options = options_of(scale, kind, dropout_p, x, a, b, middle, inner_bias)
+        if any(options.wants):
+            y = LowRankLinearFunction.apply(x, weight, a, b, middle, inner_bias, drop, options, routes, label)
+        else:
+            y = _run_forward(x, weight, a, b, middle, inner_bias, drop, options, routes[0], label)[0]
     if col is not None:
         dtype = y.dtype
         y = y * (col if precision == "match" else col.to(dtype))

@@ -14,10 +14,12 @@ from .errors import UnsupportedError, failure_of
 from .flat_gradient import place_of
 from .routes import choose, unavailable
 from .routes.problem import NOWHERE, Grads, Into, Options, Saved
+from .routes.small import is_small
 from .target import target_of
 from .terms import Core, Gate
 
 __all__ = [
+    "check_dropout",
     "check_dtypes",
     "check_factors",
     "core_tensor",
@@ -58,10 +60,14 @@ def core_tensor(core: Core) -> Tensor | None:
     return rows_of(core.g) if isinstance(core, Gate) else core
 
 
-def mask_source(x: Tensor, dropout_p: float, seed: Tensor | None, keep: Tensor | None) -> Tensor | None:
-    """What the mask of drop(x) comes from: a seed, drawn if there is none, or the packed bits of a given mask."""
+def check_dropout(dropout_p: float) -> None:
+    """A probability that leaves something."""
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+
+
+def mask_source(x: Tensor, dropout_p: float, seed: Tensor | None, keep: Tensor | None) -> Tensor | None:
+    """What the mask of drop(x) comes from: a seed, drawn if there is none, or the packed bits of a given mask."""
     if not dropout_p:
         return None
     if keep is not None:
@@ -116,11 +122,13 @@ def routes_for(
     dropout_p: float,
     route: str = "auto",
     precision: str = "fast",
+    own_mask: bool = True,
 ) -> tuple[str, str]:
     """The routes that serve forward and backward of such a call on W of `shape` [N, K].
 
     A named route serves both or raises; but with precision "match" factors of fp32 beside a 16-bit x always take the
-    route that does not round them. Inside torch.compile "auto" stays what it is.
+    route that does not round them. Inside torch.compile "auto" stays what it is. Small calls are "eager", if it is
+    for us to draw the mask (`own_mask`).
     """
     if precision not in ("fast", "match"):
         raise ValueError(f"precision must be 'fast' or 'match', got {precision!r}")
@@ -133,9 +141,13 @@ def routes_for(
         return route, route
     if torch.compiler.is_compiling():
         return "auto", "auto"  # one graph serves any number of tokens; operators choose when it runs
+    target = target_of(x.device)
     n, k = shape
+    if not target.has_triton:
+        route = "eager" if own_mask and is_small(x, n, dropout_p > 0) else "addmm"
+        return route, route
     m = x.numel() // k if k else 0
-    sizes = (m, n, k, a.shape[0], x.dtype, dropout_p > 0, target_of(x.device))
+    sizes = (m, n, k, a.shape[0], x.dtype, dropout_p > 0, target)
     return choose("forward", *sizes), choose("backward", *sizes)
 
 

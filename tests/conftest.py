@@ -20,6 +20,9 @@ settings.register_profile("explore", deadline=None)
 settings.register_profile("fixed", deadline=None, derandomize=True)
 settings.load_profile("fixed")
 
+# Tests are small: what they are about would be left to eager, as it is where a test says so.
+os.environ["LOWRANK_FUSED_SMALL"] = "0"
+
 # The compiler's own pool of processes costs more than the few kernels that a test compiles; other cores have tests.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 

@@ -19,12 +19,14 @@ from lowrank_fused.tools.tables import markdown_table
 TINY = cpu.Setting(
     shapes=((32, 48),),
     tokens=24,
+    small=((16, 8),),
     rank=4,
     batch=2,
     length=4,
     kept_shape=(64, 48),
     kept_tokens=8,
     layer_seconds=0.0,
+    small_seconds=0.0,
     model_seconds=0.0,
     rounds=(2, 2),
 )
@@ -38,10 +40,10 @@ def report() -> cpu.Report:
 def test_everything_is_correct_and_timed(report: cpu.Report) -> None:
     assert report.wrong == []
     timed = {(row.label, row.dtype, row.dropout, row.provider): row for row in report.rows}
-    assert len(timed) == 2 * (2 * 2 + 2), "a layer in two dtypes and the model, each with and without dropout"
+    assert len(timed) == 2 * (2 * 2 * 2 + 2), "two layers in two dtypes and the model, each with and without dropout"
     assert all(row.rounds == 2 and row.ms_p50 > 0 for row in report.rows)
     assert all((row.speedup is not None) == (row.provider == "ours") for row in report.rows)
-    assert len(report.goals) == 4 + 2 + 4 + 2
+    assert len(report.goals) == 4 + 2 + 4 + 4 + 2
 
 
 def test_kept_bytes_goals_hold_whatever_the_clock_says(report: cpu.Report) -> None:
@@ -67,7 +69,7 @@ def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     found = cpu.Report()
     with cpu.Progress(console=Console(quiet=True)) as progress:
         cpu.layer_goals(TINY, found, progress)
-    assert len(found.wrong) == 4 and "ours max" in found.wrong[0]
+    assert len(found.wrong) == 8 and "ours max" in found.wrong[0]
     assert found.rows == found.goals == [] and not found.passed
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..routes.small import without_eager
 from .accuracy import check
 from .case import Case
 from .memory import kept_bytes, peak_bytes
@@ -42,7 +43,8 @@ def gate(provider: Contestant, case: Case, judge: Callable[[Any, Any], None] = c
     if case.device.type == "cpu":
         case = case.with_tokens(min(case.tokens, CPU_GATE_TOKENS))
     try:
-        judge(provider, case)
+        with without_eager():
+            judge(provider, case)
     except AssertionError as wrong:
         return f"wrong: {wrong}"
     except Exception as failure:  # a compiler or driver may raise anything; the other providers go on

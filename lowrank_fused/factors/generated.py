@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..errors import failure_of
 from ..flat_gradient import hand_over
 
-__all__ = ["Generated", "Steps", "named"]
+__all__ = ["Generated", "Steps", "evaluated", "named"]
 
 
 class Steps:
@@ -124,8 +124,7 @@ class Generated:
     def __call__(self, *sources: Tensor) -> tuple[Tensor, ...]:
         """The values, with gradients flowing to those sources that require them."""
         if _must_not_remember(sources):
-            with torch.autocast(sources[0].device.type, enabled=False):
-                return self.function(*sources)
+            return evaluated(self.function, *sources)
         Steps.watch()
         key = tuple((s._version, s.data_ptr(), s.requires_grad, s.dtype) for s in sources) + (Steps.taken,)
         same = len(sources) == len(self._sources) and all(a is b for a, b in zip(sources, self._sources, strict=True))
@@ -143,14 +142,12 @@ class Generated:
     def _evaluate(self, sources: tuple[Tensor, ...]) -> None:
         """Outside of whatever mode, autocast or checkpoint the caller is in: the values outlive it."""
         self.evaluations += 1
-        device = sources[0].device.type
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.autocast(device, enabled=False),
             torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged),
         ):
-            outputs = tuple(named(self.label, self.function, *sources))
+            outputs = tuple(named(self.label, evaluated, self.function, *sources))
             self._graph = _Graph(outputs, sources, self.label, holding=self._holding)
             if any(out.requires_grad for out in outputs):
                 self._values = _Pullback.apply(self._graph, *sources)
@@ -196,6 +193,15 @@ def named(label: str | None, function: Callable[..., Any], *arguments: Any) -> A
         if failure is error:
             raise
         raise failure from error
+
+
+def evaluated(function: Callable[..., Any], *tensors: Tensor, **constants: Any) -> Any:
+    """function(*tensors, **constants), autocast off: factors keep the dtype of what they are made from."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return function(*tensors, **constants)
+    with torch.autocast(device, enabled=False):
+        return function(*tensors, **constants)
 
 
 def _must_not_remember(sources: tuple[Tensor, ...]) -> bool:

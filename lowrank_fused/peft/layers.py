@@ -20,14 +20,18 @@ from ..add import lowrank_add
 from ..branches import Branch
 from ..grouping import GROUP, Call
 from ..linear import lowrank_linear
-from ..routes import GROUP_ROUTES
+from ..routes import GROUP_ROUTES, small
 from .parts import for_graphs, stacked
 from .readers import Base, Part, Reader, child_of, layer_classes, weight_of
 from .state import Settings, State
 
-__all__ = ["STATE", "accelerated_class", "accelerated_classes", "adapter_path", "base_is_ours", "state_of"]
+__all__ = ["STATE", "TOO_SMALL", "accelerated_class", "accelerated_classes", "adapter_path", "base_is_ours", "state_of"]
 
 STATE = "_lowrank_fused"
+
+# The reason of calls that `_is_small`.
+TOO_SMALL = "too small for a CPU to gain"
+_SMALL = ("original", TOO_SMALL)
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -48,10 +52,19 @@ class Accelerated:
         if not isinstance(self, Accelerated):  # restored, but device hooks kept this bound method from before
             return type(self).forward(self, x, *args, **kwargs)
         compiling = torch.compiler.is_compiling()
-        group = None if compiling else self.__dict__.get(GROUP)
-        if group is not None and not args and not kwargs and (y := group.output(self, x)) is not None:
-            self.__dict__[STATE].calls["fused", ""] += 1
-            return y
+        if not compiling:
+            own = self.__dict__
+            state, group = own[STATE], own.get(GROUP)
+            chooses = state.settings.route == "auto"
+            y = None
+            if group is not None and not args and not kwargs and not (chooses and group.is_small(x)):
+                y = group.output(self, x)
+            if y is not None:
+                state.calls["fused", ""] += 1
+                return y
+            if chooses and x.nbytes * state.times_x < small.LIMIT and _is_small(self, x):
+                state.calls[_SMALL] = state.calls.get(_SMALL, 0) + 1  # in a fifth of the time of +=
+                return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         active: list[str] = []
         reason = _why_not(self, x, args, kwargs, active, compiling)
         base = _base_of(self, x) if reason is None else None
@@ -142,8 +155,7 @@ def _why_not(
         return "adapters disabled"
     if layer.merged:
         return "adapters merged"
-    known = reader.adapters(layer)
-    active.extend([name for name in layer.active_adapters if name in known])
+    active.extend(_active(layer))
     if not active:
         return "no active adapter in this layer"
     if type(x) not in _PLAIN:
@@ -281,6 +293,29 @@ def _why_not_faster(layer: Any, active: list[str], x: Tensor | None) -> str | No
         return None
     x = weight_of(child_of(layer, "base_layer")) if x is None else x
     return reader.as_fast_in_16_bits if all(reader.is_as_fast(layer, name, x) for name in active) else None
+
+
+def _is_small(layer: Any, x: Tensor) -> bool:
+    """Whether PEFT's own forward is as fast because next to nothing is computed; x and y are below the limit.
+
+    Dropout lowers the limit, and what needs the base weight has PEFT go through all of it in every call.
+    """
+    if not x.is_cpu:
+        return False
+    reader, share = layer.reader, x.nbytes * state_of(layer).times_x / small.LIMIT
+    active = _active(layer)
+    if share >= small.WITH_DROPOUT and any(reader.drops(layer, name) for name in active):
+        return False
+    if not any(reader.needs_weight(layer, name) for name in active):
+        return True
+    of_weight = layer.out_features * layer.in_features * x.element_size() / (small.LIMIT * reader.break_even)
+    return share + of_weight < 1.0
+
+
+def _active(layer: Any) -> list[str]:
+    """Adapters that act in this layer."""
+    known = layer.reader.adapters(layer)
+    return [name for name in layer.active_adapters if name in known]
 
 
 def _fused(layer: Any, x: Tensor, active: list[str], base: Base | None, compiling: bool) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..factors.generated import Generated, named
+from ..factors.generated import Generated, evaluated, named
 
 __all__ = ["Settings", "State"]
 
@@ -34,13 +34,15 @@ class State:
 
     path: str
     settings: Settings
+    # x and y have that many times the bytes of x, a method that gains later than LoRA counted as having fewer.
+    times_x: float
     # (path taken, reason) -> calls since `accelerate`, compiled ones aside
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     generated: dict[str, tuple[Factors, dict[str, Any], Generated]] = field(default_factory=dict)
 
     def replica(self) -> State:
         """The same settings and counts, with nothing remembered."""
-        return State(self.path, self.settings, self.calls)
+        return State(self.path, self.settings, self.times_x, self.calls)
 
     def remember(
         self, adapter: str, trains: bool, function: Factors, /, *sources: Tensor, **constants: Any
@@ -51,10 +53,9 @@ class State:
         `.data` (averages for an evaluation, perturbed weights), which leaves no trace to tell a change by.
         """
         if torch.compiler.is_compiling() or not (trains or torch.is_grad_enabled()):
-            with torch.autocast(sources[0].device.type, enabled=False):
-                if torch.compiler.is_compiling():
-                    return function(*sources, **constants)
-                return named(self.path, partial(function, **constants), *sources)
+            if torch.compiler.is_compiling():
+                return evaluated(function, *sources, **constants)
+            return named(self.path, partial(evaluated, function, **constants), *sources)
         known = self.generated.get(adapter)
         if known is None or known[:2] != (function, constants):
             known = (function, constants, Generated(partial(function, **constants), self.path))

@@ -169,7 +169,9 @@ def _swap(layer: nn.Module, path: str, settings: Settings) -> None:
         return
     cls = accelerated_class(layer)
     if cls is not None:
-        layer.__dict__[STATE] = State(path, settings)
+        wide: Any = layer
+        times_x = (1 + wide.out_features / wide.in_features) / cls.reader.break_even  # type: ignore[attr-defined]
+        layer.__dict__[STATE] = State(path, settings, times_x)
         layer.__class__ = cls
 
 

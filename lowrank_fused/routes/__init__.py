@@ -9,6 +9,8 @@
 | `split`     | thin kernels and Triton GEMMs that carry the low-rank term in the accumulator |
 | `single`    | `split` with a forward pass of one launch, s being made beside y              |
 
+Calls too small for a CPU to gain are left to eager PyTorch (`small`), before any of these is asked.
+
 Nothing is tuned at run time. `choose` takes what was measured (the user's table by `lowrank-fused tune`, then the one
 that ships), else compares closed forms of what each route costs: memory traffic, which grows with the tokens, and
 launches, which do not and decide where tokens are few. Between `thin` and `split` one number decides for which there is

@@ -15,10 +15,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lowrank_fused.factors.generated import evaluated
 from lowrank_fused.registry import Registry
 from lowrank_fused.terms import Terms
 
-__all__ = ["Base", "Part", "Reader", "Remembered", "child_of", "layer_classes", "methods", "reader", "weight_of"]
+__all__ = [
+    "Base",
+    "Part",
+    "Reader",
+    "Remembered",
+    "child_of",
+    "layer_classes",
+    "methods",
+    "reader",
+    "weight_of",
+    "where_launches_cost",
+]
 
 # remembered(function, *tensors, **constants) -> tensors, evaluated when one of the tensors has changed
 Remembered = Callable[..., tuple[Tensor, ...]]
@@ -33,6 +45,14 @@ def weight_of(module: nn.Module) -> Tensor:
     """`module.weight` likewise; a replica of DataParallel keeps it as a plain attribute."""
     weight = module._parameters.get("weight")
     return module.weight if weight is None else weight  # type: ignore[return-value]
+
+
+def where_launches_cost(remembered: Remembered, like: Tensor) -> Remembered:
+    """`remembered` on a GPU, else evaluation in every call.
+
+    For functions of many launches and little work, which a CPU finishes sooner than it remembers them.
+    """
+    return remembered if like.is_cuda else evaluated
 
 
 class Base(NamedTuple):
@@ -71,6 +91,8 @@ class Reader(ABC):
     # Why PEFT's own forward was measured to be as fast where `is_as_fast`; None where ours is faster. A route asked for
     # by name runs ours all the same.
     as_fast_in_16_bits: str | None = None
+    # From how many times the limit of LoRA on x and y are large enough for a CPU to gain, coarsely as it was measured.
+    break_even = 1.0
 
     @staticmethod
     @abstractmethod
@@ -102,8 +124,13 @@ class Reader(ABC):
             return False
         if not any(tensor.requires_grad for tensor in cls.tensors(layer, adapter)):
             return False
+        return not cls.drops(layer, adapter)
+
+    @classmethod
+    def drops(cls, layer: Any, adapter: str) -> bool:
+        """Whether the adapter drops elements of x at the moment."""
         dropouts = [m for m in cls.modules(layer, adapter) if isinstance(m, nn.Dropout)]
-        return not any(dropout.training and dropout.p for dropout in dropouts)
+        return any(dropout.training and dropout.p > 0 for dropout in dropouts)
 
     @staticmethod
     @abstractmethod

@@ -17,6 +17,7 @@ from . import Base, Part, Reader, Remembered, reader
 @reader("adalora.layer:SVDLinear")
 class AdaLora(Reader):
     methods = ("adalora",)
+    break_even = 2.5
 
     @staticmethod
     def adapters(layer: Any) -> Mapping[str, Any]:

@@ -48,7 +48,9 @@ class Lora(Reader):
 
     @staticmethod
     def modules(layer: Any, adapter: str) -> tuple[nn.Module, ...]:
-        return tuple(child_of(layer, name)._modules[adapter] for name in ("lora_A", "lora_B", "lora_dropout"))
+        children = layer._modules
+        a, b, dropout = children["lora_A"], children["lora_B"], children["lora_dropout"]
+        return a._modules[adapter], b._modules[adapter], dropout._modules[adapter]
 
     @staticmethod
     def tensors(layer: Any, adapter: str) -> tuple[Tensor, ...]:

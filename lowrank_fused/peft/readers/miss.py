@@ -22,6 +22,7 @@ _kept: WeakKeyDictionary[Any, dict[str, Tensor]] = WeakKeyDictionary()
 class Miss(Reader):
     methods = ("miss",)
     returns_dtype_of_input = True
+    break_even = 2.5
 
     @staticmethod
     def adapters(layer: Any) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from . import Base, Part, Reader, Remembered, reader
 class TinyLora(Reader):
     methods = ("tinylora",)
     returns_dtype_of_input = True
+    break_even = 2.5
 
     @staticmethod
     def adapters(layer: Any) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowrank_fused.terms import Terms
 
-from . import Base, Part, Reader, Remembered, reader
+from . import Base, Part, Reader, Remembered, reader, where_launches_cost
 
 
 def factors(
@@ -26,6 +26,7 @@ def factors(
 class UniLora(Reader):
     methods = ("unilora",)
     returns_dtype_of_input = True
+    break_even = 2.5
 
     @staticmethod
     def adapters(layer: Any) -> Mapping[str, Any]:
@@ -42,5 +43,7 @@ class UniLora(Reader):
     @staticmethod
     def read(layer: Any, adapter: str, base: Base | None, remembered: Remembered) -> Part:
         stored = ("unilora_indices_A", "unilora_scales_A", "unilora_indices_B", "unilora_scales_B")
-        a, b = remembered(factors, layer.unilora_theta_d[adapter], *(getattr(layer, name)[adapter] for name in stored))
+        indices_and_scales = [getattr(layer, name)[adapter] for name in stored]
+        make = where_launches_cost(remembered, indices_and_scales[0])
+        a, b = make(factors, layer.unilora_theta_d[adapter], *indices_and_scales)
         return Part(Terms(a, b), layer.unilora_dropout[adapter])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowrank_fused.methods.vblora import mixed
 from lowrank_fused.terms import Terms
 
-from . import Base, Part, Reader, Remembered, reader
+from . import Base, Part, Reader, Remembered, reader, where_launches_cost
 
 
 def factors(bank: Tensor, logits_a: Tensor, logits_b: Tensor, *, topk: int, training: bool) -> tuple[Tensor, Tensor]:
@@ -30,6 +30,7 @@ def factors(bank: Tensor, logits_a: Tensor, logits_b: Tensor, *, topk: int, trai
 class VbLora(Reader):
     methods = ("vblora",)
     returns_dtype_of_input = True
+    break_even = 2.5
 
     @staticmethod
     def adapters(layer: Any) -> Mapping[str, Any]:
@@ -46,5 +47,6 @@ class VbLora(Reader):
     @staticmethod
     def read(layer: Any, adapter: str, base: Base | None, remembered: Remembered) -> Part:
         topk, tensors = layer.topk[adapter], VbLora.tensors(layer, adapter)
-        a, b = remembered(factors, *tensors, topk=topk, training=layer.training)
+        make = where_launches_cost(remembered, tensors[1])
+        a, b = make(factors, *tensors, topk=topk, training=layer.training)
         return Part(Terms(a, b), layer.vblora_dropout[adapter])

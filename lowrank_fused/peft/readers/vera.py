@@ -17,6 +17,7 @@ class Vera(Reader):
     methods = ("vera",)
     returns_dtype_of_input = True
     as_fast_in_16_bits = "as fast in 16 bits on a CPU: PEFT keeps the product with B, which we make again for lambda_b"
+    break_even = 4.0
 
     @staticmethod
     def adapters(layer: Any) -> Mapping[str, Any]:
