@@ -1,4 +1,4 @@
-"""Factors as kernels read them: up to three as the rows of one, [A; A2; A3], without a copy; one with aligned rows."""
+"""Factors as kernels read them: up to three as the rows of one, [A; A2; A3], or copied into aligned rows."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .tile import cast
 
-__all__ = ["as_rows", "copy_rows", "row_arguments", "row_pointers"]
+__all__ = ["MOST", "as_rows", "copy_rows", "row_arguments", "row_pointers"]
 
-_MOST = 3
+# Factors that `row_pointers` joins.
+MOST = 3
 
 
 @triton.jit
@@ -30,8 +31,8 @@ def row_pointers(a_ptr, a2_ptr, a3_ptr, r2, r3, offs_r, stride_ar):
 
 
 @triton.jit
-def copy_rows(b_ptr, rows_ptr, N, RV, stride, BLOCK: tl.constexpr):
-    """rows [N, RV] = b [N, RV], whose rows follow one another, cast; in `rows` they are `stride` apart.
+def copy_rows(b_ptr, b2_ptr, b3_ptr, n2, n3, rows_ptr, N, RV, stride, BLOCK: tl.constexpr):
+    """rows [N, RV] = [b; b2; b3], whose rows of RV follow one another, cast; in `rows` they are `stride` apart.
 
     All programs of the launch share the work.
     """
@@ -41,7 +42,7 @@ def copy_rows(b_ptr, rows_ptr, N, RV, stride, BLOCK: tl.constexpr):
         offs = start + tl.arange(0, BLOCK)
         row, rank = offs // stride, offs % stride
         mask = (row < N) & (rank < RV)
-        b = tl.load(b_ptr + row * RV + rank, mask=mask, other=0.0)
+        b = tl.load(row_pointers(b_ptr, b2_ptr, b3_ptr, n2, n3, row, RV) + rank, mask=mask, other=0.0)
         tl.store(rows_ptr + offs, cast(b, rows_ptr.dtype.element_ty), mask=mask)
 
 
@@ -50,15 +51,17 @@ def as_rows(a: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     elements lie in different steps.
     """
     factors = (a,) if isinstance(a, Tensor) else tuple(a)
-    if len(factors) <= _MOST and len({factor.stride() for factor in factors}) == 1:
+    if len(factors) <= MOST and len({factor.stride() for factor in factors}) == 1:
         return factors
     return (torch.cat(factors),)
 
 
-def row_arguments(factors: Sequence[Tensor], name: str = "a") -> dict[str, Any]:
-    """What a kernel with parameters <name>_ptr, <name>2_ptr, <name>3_ptr, r2, r3 is told; None where there is none."""
-    found: dict[str, Any] = {f"{name}_ptr": None, f"{name}2_ptr": None, f"{name}3_ptr": None, "r2": None, "r3": None}
+def row_arguments(factors: Sequence[Tensor], name: str = "a", bound: str = "r") -> dict[str, Any]:
+    """What a kernel with parameters <name>_ptr, <name>2_ptr, <name>3_ptr and <bound>2, <bound>3 is told of factors
+    that `row_pointers` joins; None where there is none.
+    """
+    found: dict[str, Any] = dict.fromkeys((f"{name}_ptr", f"{name}2_ptr", f"{name}3_ptr", f"{bound}2", f"{bound}3"))
     starts = accumulate((factor.shape[0] for factor in factors), initial=0)
     for i, (factor, start) in enumerate(zip(factors, starts, strict=False), 1):
-        found |= {f"{name}_ptr": factor} if i == 1 else {f"{name}{i}_ptr": factor, f"r{i}": start}
+        found |= {f"{name}_ptr": factor} if i == 1 else {f"{name}{i}_ptr": factor, f"{bound}{i}": start}
     return found

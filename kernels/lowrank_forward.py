@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .factor_rows import MOST
 from .gemm import (
     Access,
     access_of,
@@ -141,7 +143,7 @@ def _thin_operands(v: Tensor, b: Tensor, tile: Tile, by_descriptor: bool) -> dic
     4 (5 beside a bias in fp32). Through pointers 27 to 40 at ranks that are multiples of 4, 29 to 59 at those of 2, 3
     to 101 at odd ones, 23 to 96 with B in fp32. Never shared memory, never a spill. With v through a descriptor and B
     through pointers it would be up to 100. So `aligned_rows` has B copied where its rows or its dtype ask for pointers;
-    only layers of a group, whose v are columns of one matrix, then keep to them.
+    only layers of a group whose ranks differ then keep to them.
     """
     if not by_descriptor:
         return {"v_desc": None, "b_desc": None, "v_ptr": v, "b_ptr": b.contiguous()}
@@ -153,17 +155,23 @@ def _has_aligned_ranks(u: Tensor) -> bool:
     return u.stride(1) == 1 and has_aligned_rows(u, 16)
 
 
-def aligned_rows(b: Tensor, x: Tensor, w: Tensor) -> Tensor | None:
-    """Room for a copy of b [N, R] in x's dtype with rows that a descriptor can read, for `shrink` to fill.
+def aligned_rows(b: Sequence[Tensor], x: Tensor, w: Sequence[Tensor]) -> Tensor | None:
+    """Room for copies of the b's [Nᵢ, R] in x's dtype, one after the other in rows that a descriptor can read.
 
-    None where b may be read as it is, or where x, W and y are not read through descriptors anyway.
+    `shrink` fills it. None where the b's, one for each w [Nᵢ, K], may be read as they are, where x, the w's and the y's
+    are not read through descriptors anyway, where the ranks of several differ, or where there are more than it joins.
     """
-    N, R = b.shape
-    if b.dtype == x.dtype and _has_aligned_ranks(b):
+    R = b[0].shape[1]
+    if all(factor.dtype == x.dtype and _has_aligned_ranks(factor) for factor in b):
         return None
-    if N % 8 or b.numel() >= 2**30 or access_of(x, w, arch=arch_of(x)) != "descriptors":
+    if len(b) > MOST:
         return None
-    return torch.empty((N, 8 * cdiv(R, 8)), dtype=x.dtype, device=x.device)[:, :R]
+    if any(factor.shape[1] != R or factor.dtype != b[0].dtype or factor.shape[0] % 8 for factor in b):
+        return None
+    rows = sum(factor.shape[0] for factor in b)
+    if rows * R >= 2**30 or any(access_of(x, weight, arch=arch_of(x)) != "descriptors" for weight in w):
+        return None
+    return torch.empty((rows, 8 * cdiv(R, 8)), dtype=x.dtype, device=x.device)[:, :R]
 
 
 def lowrank_forward(

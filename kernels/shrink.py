@@ -24,7 +24,7 @@ __all__ = ["block_of_rank", "choose_split", "choose_tile", "launch_shrink", "shr
 
 @triton.jit
 def _store_core(
-    s, core_ptr, v_ptr, offs_m, offs_r, mask_m, R, RV, scale, stride_vm,
+    s, core_ptr, v_ptr, offs_m, offs_r, mask_m, R, RV, scale, stride_vm, stride_b,
     CORE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Store v = scale · core(s); s fp32 [BLOCK_M, BLOCK_R], v [M, RV]."""
@@ -45,12 +45,15 @@ def _store_core(
     else:
         if CORE == "diag":
             s *= tl.load(core_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
-        tl.store(v_rows + offs_r[None, :], cast(s * scale, IO), mask=mask_s)
+        # Of several B's each has its own columns of v.
+        cols = offs_r if stride_b is None else offs_r // RV * stride_b + offs_r % RV
+        tl.store(v_rows + cols[None, :], cast(s * scale, IO), mask=mask_s)
 
 
 @triton.jit
 def _finish(
-    s, core_ptr, t_ptr, s_ptr, v_ptr, dcore_parts_ptr, pid_m, offs_m, offs_r, M, R, RV, scale, stride_vm, stride_tm,
+    s, core_ptr, t_ptr, s_ptr, v_ptr, dcore_parts_ptr, pid_m, offs_m, offs_r, M, R, RV, scale,
+    stride_vm, stride_tm, stride_b,
     CORE: tl.constexpr, IO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Store whatever of s, dcore_parts and v there is; s fp32 [BLOCK_M, BLOCK_R], complete."""
@@ -62,18 +65,20 @@ def _finish(
         t = tl.load(t_ptr + offs_m[:, None] * stride_tm + offs_r[None, :], mask=mask_s, other=0.0).to(tl.float32)
         tl.store(dcore_parts_ptr + pid_m * R + offs_r, tl.sum(s * t, axis=0) * scale, mask=mask_r)
     if v_ptr is not None:
-        _store_core(s, core_ptr, v_ptr, offs_m, offs_r, mask_m, R, RV, scale, stride_vm, CORE, BLOCK_M, BLOCK_V)
+        _store_core(
+            s, core_ptr, v_ptr, offs_m, offs_r, mask_m, R, RV, scale, stride_vm, stride_b, CORE, BLOCK_M, BLOCK_V
+        )
 
 
-@triton.jit(do_not_specialize=["M", "N", "threshold", "split", "r2", "r3"])
+@triton.jit(do_not_specialize=["M", "N", "threshold", "split", "r2", "r3", "n2", "n3"])
 def _shrink_kernel(
-    x_ptr, a_ptr, a2_ptr, a3_ptr, b_ptr, core_ptr, seed_ptr, bits_ptr, t_ptr,
+    x_ptr, a_ptr, a2_ptr, a3_ptr, b_ptr, b2_ptr, b3_ptr, core_ptr, seed_ptr, bits_ptr, t_ptr,
     parts_ptr, counters_ptr, s_ptr, v_ptr, rows_ptr, mask_ptr, dcore_parts_ptr,
-    M, N, K, R, RV, r2, r3, chunk_k, split,
+    M, N, K, R, RV, r2, r3, n2, n3, chunk_k, split,
     scale, keep_scale, threshold,
     stride_xm, stride_xk,
     stride_ar, stride_ak,
-    stride_vm, stride_tm,
+    stride_vm, stride_tm, stride_b,
     CORE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -84,10 +89,11 @@ def _shrink_kernel(
     With parts [split, M, R], `split` programs share these, each with chunk_k columns of x. They store their parts of s;
     the last one to arrive sums them in the order of the columns and goes on as one program does on its own.
     With t [M, R], also the row block's share of Σ_t scale · s ∘ t (the gradient of a diagonal core, s being dy B).
-    With b [N, RV], also a copy of it in rows as far apart as those of v.
+    With b [N, RV], also a copy of it in rows as far apart as those of v. There may be up to three b's, for RV ranks
+    each: their copies follow one another, and v has stride_b columns for each.
     """
     if b_ptr is not None:
-        copy_rows(b_ptr, rows_ptr, N, RV, stride_vm, 512)
+        copy_rows(b_ptr, b2_ptr, b3_ptr, n2, n3, rows_ptr, N, RV, stride_vm if stride_b is None else stride_b, 512)
     pid_r = tl.program_id(0)
     pid_m, pid_k = tl.program_id(1).to(tl.int64), tl.program_id(2)
     IO: tl.constexpr = x_ptr.dtype.element_ty
@@ -137,7 +143,7 @@ def _shrink_kernel(
     if parts_ptr is None:
         _finish(
             acc, core_ptr, t_ptr, s_ptr, v_ptr, dcore_parts_ptr, pid_m, offs_m, offs_r, M, R, RV, scale,
-            stride_vm, stride_tm, CORE, IO, BLOCK_M, BLOCK_V,
+            stride_vm, stride_tm, stride_b, CORE, IO, BLOCK_M, BLOCK_V,
         )  # fmt: skip
     else:
         # Short offsets beside one address: as addresses they would take twice the registers.
@@ -153,7 +159,7 @@ def _shrink_kernel(
                 parts_ptr += size
             _finish(
                 acc, core_ptr, t_ptr, s_ptr, v_ptr, dcore_parts_ptr, pid_m, offs_m, offs_r, M, R, RV, scale,
-                stride_vm, stride_tm, CORE, IO, BLOCK_M, BLOCK_V,
+                stride_vm, stride_tm, stride_b, CORE, IO, BLOCK_M, BLOCK_V,
             )  # fmt: skip
 
 
@@ -284,7 +290,7 @@ def shrink(
     seed: Tensor | None = None,
     bits: Tensor | None = None,
     keep_s: bool = True,
-    copy: tuple[Tensor, Tensor] | None = None,
+    copy: tuple[Tensor | Sequence[Tensor], Tensor] | None = None,
     tile: Tile | None = None,
     split: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -295,6 +301,7 @@ def shrink(
     as `core_kind` says (diag, dense, gate). `seed` is an int64 [1] on x's device; given the packed `bits` of a mask,
     nothing is drawn and these come back. s and v have x's dtype, each rounded once; s is empty without `keep_s`, mask
     without dropout. `copy` (b, rows): b [N, Rv] is cast into `rows` by the same launch, and v gets their stride.
+    Several b's, one for each a and Rᵢ alike, become the rows of one, and v has the columns of each so far apart.
     Reads x and a once, 2MKR FLOP. `split` programs share the columns of x where a tile is given.
     Sums have an order that the shapes fix.
     """
@@ -322,8 +329,12 @@ def shrink(
     s = torch.empty((M, R), dtype=x.dtype, device=x.device) if keep_s or not fused else x.new_empty(0)
     v = None
     if fused:
-        width = RV if copy is None else copy[1].stride(0)
-        v = torch.empty((M, width), dtype=x.dtype, device=x.device)[:, :RV]
+        if copy is None:
+            v = torch.empty((M, RV), dtype=x.dtype, device=x.device)
+        else:
+            pieces, step = len(_several(copy[0])), copy[1].stride(0)
+            v = torch.empty((M, pieces * step), dtype=x.dtype, device=x.device)
+            v = v if pieces > 1 else v[:, :RV]
     mask = x.new_empty(0, dtype=torch.uint8)
     if dropout_p:
         mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if bits is None else bits
@@ -336,8 +347,12 @@ def shrink(
         assert core is not None
         v = torch.mm(s, core.t().to(s.dtype)).mul_(scale)
         if copy is not None:
-            copy[1].copy_(copy[0])
+            copy[1].copy_(torch.cat(_several(copy[0])))
     return s, v, mask
+
+
+def _several(b: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (b,) if isinstance(b, Tensor) else tuple(b)
 
 
 def launch_shrink(
@@ -357,39 +372,42 @@ def launch_shrink(
     mask: Tensor | None = None,
     t: Tensor | None = None,
     dcore_parts: Tensor | None = None,
-    copy: tuple[Tensor, Tensor] | None = None,
+    copy: tuple[Tensor | Sequence[Tensor], Tensor] | None = None,
 ) -> None:
     """One launch that fills those of s, v, mask and (given t [M, R]) dcore_parts [row blocks, R] that are there.
 
     a as `as_rows` returns it. v and t may be some columns of wider matrices. At most `split` programs share the
-    columns of a block of x. `copy` (b, rows) has rows with v's stride.
+    columns of a block of x. `copy` as `shrink` has it, rows with v's stride or, of several b's, a share of it.
     """
-    b, rows = (None, None) if copy is None else (copy[0].contiguous(), copy[1])
+    b = () if copy is None else tuple(factor.contiguous() for factor in _several(copy[0]))
+    rows = None if copy is None else copy[1]
     (M, K), R = x.shape, sum(factor.shape[0] for factor in a)
     row_blocks, rank_blocks = cdiv(M, tile.block_m), cdiv(R, tile.block_r)
     chunk_k = tile.block_k * cdiv(cdiv(K, tile.block_k), split)
     split = cdiv(K, chunk_k)
     parts = torch.empty((split, M, R), dtype=torch.float32, device=x.device) if split > 1 else None
-    RV = R if v is None else v.shape[1]
+    RV = R if v is None else v.shape[1] if rows is None else rows.shape[1]
     block_v = max(16, triton.next_power_of_2(RV)) if core_kind == "dense" else 16
     drawn = mask if dropout_p and bits is None else None
     Launch(
         _shrink_kernel,
         (rank_blocks, row_blocks, split),
         dict(
-            x_ptr=x, **row_arguments(a), b_ptr=b, core_ptr=None if core is None else core.contiguous(),
+            x_ptr=x, **row_arguments(a), **row_arguments(b, "b", "n"),
+            core_ptr=None if core is None else core.contiguous(),
             seed_ptr=seed if drawn is not None else None, bits_ptr=bits, t_ptr=t,
             parts_ptr=parts, counters_ptr=None if parts is None else zeroed_counters(x, row_blocks * rank_blocks),
             s_ptr=s, v_ptr=v, rows_ptr=rows, mask_ptr=drawn, dcore_parts_ptr=dcore_parts,
-            M=M, N=0 if b is None else b.shape[0], K=K, R=R, RV=RV, chunk_k=chunk_k, split=split,
+            M=M, N=0 if rows is None else rows.shape[0], K=K, R=R, RV=RV, chunk_k=chunk_k, split=split,
             scale=float(scale), keep_scale=keep_scale(dropout_p), threshold=lane_threshold(dropout_p),
             stride_xm=x.stride(0), stride_xk=x.stride(1), stride_ar=a[0].stride(0), stride_ak=a[0].stride(1),
             stride_vm=0 if v is None else v.stride(0), stride_tm=0 if t is None else t.stride(0),
+            stride_b=rows.stride(0) if rows is not None and len(b) > 1 else None,
             CORE=core_kind,
             BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r, BLOCK_V=block_v,
         ),
         tile,
-        reads=(x, *a, b, core, bits, t, parts),
+        reads=(x, *a, *b, core, bits, t, parts),
         writes=(s, v, rows, drawn, dcore_parts, parts),
         flops=2 * M * K * R,
     ).run()  # fmt: skip

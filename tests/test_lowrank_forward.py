@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -172,9 +173,9 @@ def test_b_whose_rows_no_descriptor_can_read_is_copied_on_the_way(r, dtype, layo
     with targeting(90), record() as launches:
         y, _ = SPLIT.forward(x, w, a, b, None, None, None, o)
         needless = [
-            aligned_rows(make(56, 8), x, w),
-            aligned_rows(b[:52], x, w[:52]),
-            aligned_rows(b, x.float(), w.float()),
+            aligned_rows([make(56, 8)], x, [w]),
+            aligned_rows([b[:52]], x, [w[:52]]),
+            aligned_rows([b], x.float(), [w.float()]),
         ]
     wide = [t.double() for t in (x, w, a, b)]
     assert torch.equal(y, reference(wide[0], wide[1], 0.5 * wide[0] @ wide[2].t(), wide[3]).half())
@@ -184,7 +185,40 @@ def test_b_whose_rows_no_descriptor_can_read_is_copied_on_the_way(r, dtype, layo
     assert of_product.args["v_desc"] is not None and of_product.args["v_ptr"] is None
     assert needless == [None] * 3
     with targeting(80):
-        assert aligned_rows(b, x, w) is None or device.type == "cuda"
+        assert aligned_rows([b], x, [w]) is None or device.type == "cuda"
+
+
+@pytest.mark.parametrize("ranks", [(16, 16, 16), (5, 5, 5), (4, 4), (5, 5, 4)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_b_of_a_group_are_copied_on_the_way_too(dtype, ranks, device):
+    """Unless their ranks differ: the products then read v and B through pointers."""
+    from lowrank_fused.kernels.launch import record, targeting
+    from lowrank_fused.routes.fused import SPLIT
+    from lowrank_fused.routes.problem import GroupOptions
+
+    skip_without_descriptors(True, device)
+
+    def make(*shape):
+        return integer_operand(*shape, low=-1, high=1, dtype=torch.float16).to(device)
+
+    outputs = (56, 40, 16)[: len(ranks)]
+    x, w, a = make(45, 64), [make(n, 64) for n in outputs], [make(r, 64) for r in ranks]
+    b = [make(n, r).to(dtype) for n, r in zip(outputs, ranks, strict=True)]
+    bounds = [0, *accumulate(ranks)]
+    nothing = (False,) * len(ranks)
+    o = GroupOptions(0.5, 0.0, tuple(slice(*pair) for pair in pairwise(bounds)), False, nothing, nothing, nothing)
+    with targeting(90), record() as launches:
+        ys, _ = SPLIT.group_forward(x, w, a, b, [None] * len(ranks), None, o)
+    for y, w_i, a_i, b_i in zip(ys, w, a, b, strict=True):
+        v = 0.5 * x.double() @ a_i.double().t()
+        assert torch.equal(y, reference(x.double(), w_i.double(), v, b_i.double()).half())
+    of_shrink, *of_products = launches
+    assert len(of_products) == len(ranks)
+    aligned = dtype == torch.float16 and not any(r % 8 for r in ranks)
+    copied = len(set(ranks)) == 1 and not aligned
+    assert (of_shrink.args["b2_ptr"] is not None) == copied
+    for product in of_products:
+        assert (product.args["v_desc"] is not None) == (aligned or copied)
 
 
 def test_result_does_not_depend_on_the_tile(device):

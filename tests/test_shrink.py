@@ -131,6 +131,26 @@ def test_b_is_copied_into_rows_as_far_apart_as_those_of_v(dtype, kind, split, de
     assert torch.equal(v, apply_core(x.double() @ a.double().t(), kind, core).half())
 
 
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("members", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_several_b_are_copied_as_the_rows_of_one_and_v_has_columns_for_each(dtype, members, split, device):
+    from lowrank_fused.kernels.shrink import shrink
+
+    m, k, r, step = 33, 64, 5, 8
+    make = partial(integer_operand, low=-1, high=1, dtype=torch.float16)
+    x, a = make(m, k).to(device), [make(r, k).to(device) for _ in range(members)]
+    b = [torch.randn(n, r, device=device).to(dtype) for n in (700, 40, 3)[:members]]
+    room = torch.full((sum(map(len, b)), step), float("nan"), dtype=torch.float16, device=device)
+    tile = small_tile(members * r)
+    s, v, _ = shrink(x, a, scale=0.5, copy=(b, room[:, :r]), tile=tile, split=split)
+    assert torch.equal(room[:, :r], torch.cat(b).half()) and room[:, r:].isnan().all()
+    expected = x.double() @ torch.cat(a).double().t()
+    assert torch.equal(s, expected.half()) and v.stride() == (members * step, 1)
+    for i in range(members):
+        assert torch.equal(v[:, i * step : i * step + r], 0.5 * s[:, i * r : (i + 1) * r])
+
+
 def test_b_is_copied_beside_a_dense_core_of_many_ranks(device):
     from lowrank_fused.kernels.shrink import shrink
 

@@ -11,8 +11,8 @@ products, x Wᵀ and dy W, move X + Y + W each. Beside them move, forward and ba
 Layers that share x are one layer whose A, B, S and Y are the sums of theirs and whose X and mask are those of one, but
 dx is added to once more for every further one: (n - 1) X more.
 
-Three limits change that. Where descriptors read B (sm_90, sm_100) that of a layer by itself is copied at ranks that are
-no multiples of 8: 2B more. Beyond `one_pass_max_rank` ds and dB take a pass over dy each: Y more, and in a group 2S for
+Three limits change that. Where descriptors read B (sm_90, sm_100) it is copied at ranks that are no multiples of 8: 2B
+more. Beyond `one_pass_max_rank` ds and dB take a pass over dy each: Y more, and in a group 2S for
 rows of s that lie side by side. Beyond `block_of_rank` ranks in all, dA and mask ∘ ds A take a launch each: S + mask
 more.
 
@@ -53,7 +53,7 @@ def extra_bytes(route: str, members: Members, setting: Setting) -> Extra:
     y, s, a, b = (sum(of[name] for of in sizes) for name in ("y", "s", "A", "B"))
     mask = setting.tokens * cdiv(members[0].in_features, 8) if setting.dropout else 0
     forward = x + a + b + 3 * s + mask
-    if route != "thin" and count == 1 and rank % 8 and setting.arch in (90, 100):
+    if route != "thin" and rank % 8 and setting.arch in (90, 100):
         forward += 2 * b
     if route == "thin":
         forward += 2 * y

@@ -49,7 +49,7 @@ class KernelRoute:
         o: Options,
     ) -> tuple[Tensor, Saved]:
         """y and what backward needs; x [M, K]."""
-        rows = aligned_rows(b, x, weight) if self.carries else None
+        rows = aligned_rows([b], x, [weight]) if self.carries else None
         v, saved = _shrunk(x, a, core, drop, o, None if rows is None else (b, rows))
         if self.carries:
             return lowrank_forward(x, weight, v, b if rows is None else rows, bias=bias), saved
@@ -104,13 +104,21 @@ class KernelRoute:
         o: GroupOptions,
     ) -> tuple[list[Tensor], Saved]:
         """Every y, from one pass over x for all A's."""
-        s, v, mask = shrink(x, a, scale=o.scale, dropout_p=o.dropout_p, seed=drop, keep_s=any(o.wants_b))
+        rows = aligned_rows(b, x, weights) if self.carries else None
+        copy = None if rows is None else (b, rows)
+        s, v, mask = shrink(x, a, scale=o.scale, dropout_p=o.dropout_p, seed=drop, keep_s=any(o.wants_b), copy=copy)
+        columns: Sequence[slice] = o.ranks
+        factors = b
+        if rows is not None:
+            rank, step = rows.shape[1], rows.stride(0)
+            columns = [slice(first, first + rank) for first in range(0, v.shape[1], step)]
+            factors = rows.split([b_i.shape[0] for b_i in b])
         ys = []
-        for weight, b_i, bias, ranks in zip(weights, b, biases, o.ranks, strict=True):
+        for weight, b_i, bias, own in zip(weights, factors, biases, columns, strict=True):
             if self.carries:
-                ys.append(lowrank_forward(x, weight, v[:, ranks], b_i, bias=bias))
+                ys.append(lowrank_forward(x, weight, v[:, own], b_i, bias=bias))
             else:
-                ys.append(expand(v[:, ranks], b_i, bias=bias).addmm_(x, weight.t()))
+                ys.append(expand(v[:, own], b_i, bias=bias).addmm_(x, weight.t()))
         return ys, Saved(s if any(o.wants_b) else None, mask if o.keeps_mask else None)
 
     def group_backward(

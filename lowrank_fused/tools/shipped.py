@@ -14,7 +14,7 @@ from lowrank_fused.kernels.expand import expand
 from lowrank_fused.kernels.gather import Permutation, gather, scatter_add, segment_sum
 from lowrank_fused.kernels.grad_input import grad_input
 from lowrank_fused.kernels.launch import Launch, arch_of, record, targeting
-from lowrank_fused.kernels.lowrank_forward import lowrank_forward
+from lowrank_fused.kernels.lowrank_forward import aligned_rows, lowrank_forward
 from lowrank_fused.kernels.measured import Tuned, probing
 from lowrank_fused.kernels.shrink import shrink
 from lowrank_fused.kernels.single_forward import single_forward
@@ -141,6 +141,10 @@ class _GroupCase:
             own = slice(first, first + self.r)
             y = lowrank_forward(x, weight, v[:, own], b)
             dy_factors(y, b, v[:, own], want_db=self.r <= one_pass_max_rank(self.dtype, arch_of(y)), out=ds[:, own])
+        rows = aligned_rows([b] * self.members, x, [weight] * self.members)
+        if rows is not None:
+            _, v, _ = shrink(x, a, dropout_p=self.p, seed=seed, copy=([b] * self.members, rows))
+            lowrank_forward(x, weight, v[:, : self.r], rows[: self.k])
         dx = grad_input(y, weight)
         grad_input(y, weight, add=dx)
         grad_input(y, weight, ds, a, mask=mask, dropout_p=self.p, add=dx)
