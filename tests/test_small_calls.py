@@ -218,6 +218,15 @@ def test_methods_that_gain_later():
     assert paths(ours) == {("original", TOO_SMALL): 1}
 
 
+@pytest.mark.parametrize(("config", "settings"), [("VBLoRAConfig", {"vector_length": 4}), ("UniLoraConfig", {})])
+def test_a_cpu_evaluates_light_factors_in_every_call(config, settings):
+    """Their functions take it less time than remembering them would."""
+    _, ours = in_peft(config, route="addmm", r=2, **settings)
+    ours(torch.ones(5, K)).sum().backward()
+    assert paths(ours) == {("fused", ""): 3}
+    assert not any(state_of(layer).generated for layer in ours.base_model.model.children())
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_groups_are_for_calls_that_gain(native):
     """What all members have to compute decides, so that no result is left waiting for a member that needs none."""

@@ -1,4 +1,4 @@
-"""Uni-LoRA: factors gathered from one vector of the whole model, once per step."""
+"""Uni-LoRA: factors gathered from one vector of the whole model."""
 
 from __future__ import annotations
 

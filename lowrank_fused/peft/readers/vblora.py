@@ -1,4 +1,4 @@
-"""VB-LoRA: factors mixed from one bank of vectors, once per step."""
+"""VB-LoRA: factors mixed from one bank of vectors."""
 
 from __future__ import annotations
 
