@@ -58,8 +58,9 @@ def accelerate(
         model: a PeftModel, or any module that holds PEFT layers: wrapped in DDP or torch.compile, before or after.
         methods: the methods to accelerate, all by default; see `lowrank_fused.peft.readers`.
         strict: raise NotAcceleratedError, and change nothing, if a layer would be left to PEFT.
-        route: "auto", which leaves to PEFT what that was measured to compute as fast (`Reader.as_fast_in_16_bits`), one
-            of `lowrank_fused.routes.ROUTES`, or "off"; the environment variable LOWRANK_FUSED_ROUTE overrides it.
+        route: "auto", which leaves to PEFT what that was measured to compute as fast on a CPU (small calls, and see
+            `Reader.as_fast_in_16_bits`), one of `lowrank_fused.routes.ROUTES`, or "off"; the environment variable
+            LOWRANK_FUSED_ROUTE overrides it.
         precision: of fp32 adapters in a 16-bit model outside of autocast, PEFT's default: "match" multiplies them in
             fp32 as PEFT does, "fast" in 16 bits.
         dropout: "fused" draws masks from torch's generator by our own counter: same rate, other bits. "torch" drops
