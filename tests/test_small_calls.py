@@ -99,19 +99,23 @@ def test_its_mask_is_pytorchs():
         lowrank_linear(x, weight, a, b, dropout_p=1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_the_limit(dropout_p):
-    """Bytes of x and y in fp32: m (K + N) 4."""
-    (weight, a, b) = tensors((96, 32), (R, 32), (96, R), dtype=torch.float32)
-    m = LIMIT // (128 * 4)
-    fitting = m // 3 if dropout_p else m - 1
-    for tokens, route in ((fitting, "eager"), (fitting + 1, "addmm")):
-        assert routes_for(torch.empty(tokens, 32), (96, 32), a, b, dropout_p) == (route, route)
-    assert routes_for(torch.empty(2 * fitting, 32).bfloat16(), (96, 32), a, b, dropout_p)[0] == "eager"
-    assert routes_for(torch.empty(1, 1, 32, device="meta"), (96, 32), a, b, dropout_p)[0] == "addmm"
+def test_the_limit(dropout_p, dtype):
+    """Bytes of x and y, m (K + N) elements; eight each with dropout."""
+    weight, a, b = tensors((96, 32), (R, 32), (96, R), dtype=dtype)
+    m = LIMIT // (128 * (8 if dropout_p else dtype.itemsize))
+
+    def route(*shape: int, device: str = "cpu") -> str:
+        forward, backward = routes_for(torch.empty(*shape, 32, dtype=dtype, device=device), (96, 32), a, b, dropout_p)
+        assert forward == backward
+        return forward
+
+    assert route(m - 1) == route(2, m // 2 - 1) == "eager"
+    assert route(m) == route(1, device="meta") == "addmm"
     with small.without_eager():
-        assert routes_for(torch.empty(1, 32), (96, 32), a, b, dropout_p)[0] == "addmm"
-    assert routes_for(torch.empty(1, 32), (96, 32), a, b, dropout_p)[0] == "eager"
+        assert route(1) == "addmm"
+    assert route(1) == "eager"
 
 
 def test_what_asks_for_more_than_the_formula_takes_a_route(monkeypatch):
@@ -194,7 +198,7 @@ def test_large_calls_and_named_routes_are_fused():
 
 def test_dropout_lowers_the_limit_while_it_is_on():
     _, ours = in_peft(r=R, lora_dropout=0.1)
-    x = torch.ones(LIMIT // (4 * (K + N)) // 2, K)  # half of the limit for k and v, more than all of it for q
+    x = torch.ones(2 * LIMIT // (3 * 4 * (K + N)), K)  # two thirds of the limit for k and v, more than all for q
     ours(x)
     assert paths(ours) == {("fused", ""): 3}
     ours.eval()(x)

@@ -302,14 +302,14 @@ def _is_small(layer: Any, x: Tensor) -> bool:
     """
     if not x.is_cpu:
         return False
-    reader, share = layer.reader, x.nbytes * state_of(layer).times_x / small.LIMIT
-    active = _active(layer)
-    if share >= small.WITH_DROPOUT and any(reader.drops(layer, name) for name in active):
+    reader, active, times_x = layer.reader, _active(layer), state_of(layer).times_x
+    with_dropout = x.numel() * small.WITH_DROPOUT * times_x
+    if with_dropout >= small.LIMIT and any(reader.drops(layer, name) for name in active):
         return False
     if not any(reader.needs_weight(layer, name) for name in active):
         return True
-    of_weight = layer.out_features * layer.in_features * x.element_size() / (small.LIMIT * reader.break_even)
-    return share + of_weight < 1.0
+    of_weight = layer.out_features * layer.in_features * x.element_size() / reader.break_even
+    return x.nbytes * times_x + of_weight < small.LIMIT
 
 
 def _active(layer: Any) -> list[str]:
