@@ -8,7 +8,7 @@ FOR_DEMO := $(VENV)/.ready-demo
 READY := $(VENV)/.ready
 # The oldest PEFT whose models are accelerated, beside the newest: a folder that goes before the environment's own.
 OLD_PEFT := $(VENV)/peft-0.18
-PEFT_TESTS := $(addprefix tests/test_, accelerate.py peft_calls.py peft_documented.py peft_parity.py peft_surroundings.py)
+PEFT_TESTS := $(addprefix tests/test_, accelerate.py peft_calls.py peft_documented.py peft_parity.py peft_surroundings.py small_calls.py)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
 
 # The tests start dozens of processes: each would compile torch and transformers anew if none kept what it compiled.
