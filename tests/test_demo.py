@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from lowrank_fused.demo import Result, Settings, data, race, run
+from lowrank_fused.demo import Result, Settings, data, race, report, run
 from lowrank_fused.demo.__main__ import main
 from lowrank_fused.demo.data import Snippet
 from lowrank_fused.demo.model import (
@@ -31,6 +31,7 @@ from lowrank_fused.demo.model import (
     load_tokenizer,
 )
 from lowrank_fused.errors import UnsupportedError
+from lowrank_fused.routes import small
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "demo"
 RANK, FP32 = 8, 4  # of the demo's adapters; bytes of a value on the CPU
@@ -71,7 +72,7 @@ def demo(model_folder, reviews, tmp_path_factory) -> tuple[Result, str]:
         out=tmp_path_factory.mktemp("out"),
         cache=CACHE,
     )
-    console = Console(record=True, width=80, file=io.StringIO())
+    console = Console(record=True, width=100, file=io.StringIO())
     return run(settings, console), console.export_text()
 
 
@@ -131,6 +132,16 @@ def test_routes_are_those_that_ran(demo):
                 assert sum(use.calls for use in section.routes[name] if use.direction == direction) == 36
     assert "Route addmm" in printed
     assert "No Triton kernel ran" in printed
+
+
+def test_what_is_left_to_eager_is_said(demo, monkeypatch):
+    result, printed = demo
+    assert "left to eager" not in printed
+    tokens = result.sections[0].tokens
+    monkeypatch.setattr(small, "LIMIT", max(tokens) * (384 + 384) * 4)  # the bytes of x and y in the largest batch
+    lines = report.route_lines(result)
+    count = sum(m < max(tokens) for m in tokens)
+    assert count and any(f"Dropout 0: in {count} of {len(tokens)} batches layers 384 to 384" in line for line in lines)
 
 
 def test_one_table_and_files(demo):

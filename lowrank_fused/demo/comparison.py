@@ -67,7 +67,8 @@ class Settings:
 class Section:
     """One training of the models: without dropout the whole one, with dropout a short one.
 
-    `tokens` is the size of every step's batch, padding included; `routes` those of the models that run by ours.
+    `tokens` is the size of every step's batch, padding included; `routes` those of the models that run by ours, in
+    the largest batch.
     """
 
     dropout: float
@@ -186,10 +187,11 @@ def _train(
     """Look at the models first, then train them side by side."""
     kept = kept_for_backward(models)
     by_step = {name: kept_by_step(model, steps[0]) for name, model in models.items()}
-    routes = {name: routes_of(models[name], steps[0]) for name in FUSED}
+    tokens = [batch.inputs["input_ids"].numel() for batch in steps]
+    largest = steps[tokens.index(max(tokens))]
+    routes = {name: routes_of(models[name], largest) for name in FUSED}
     task = progress.add_task(f"training all, dropout {dropout:g}", total=len(steps))
     courses = race(models, steps, settings.learning_rate, lambda: progress.advance(task))
-    tokens = [batch.inputs["input_ids"].numel() for batch in steps]
     return Section(dropout, tokens, courses, kept, by_step, routes)
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..benchmark import dtype_name
+from ..routes.small import is_small
 from .model import ACCELERATED, FUSED, MODELS, OURS, PEFT, RANK
 
 if TYPE_CHECKING:
@@ -107,7 +108,22 @@ def route_lines(result: Result) -> list[str]:
         ]
     if not {"thin", "split"} & set(routes):
         lines.append("No Triton kernel ran." + ("" if result.device.type == "cuda" else " They need a CUDA device."))
-    return lines
+    return lines + list(_small_lines(result))
+
+
+def _small_lines(result: Result) -> Iterator[str]:
+    """Which layers were left to eager PyTorch in small batches."""
+    like = torch.empty(0, device=result.device, dtype=result.dtype)
+    for section in result.sections:
+        for kept in section.kept:
+            inputs = [like.new_empty(tokens, kept.in_features) for tokens in section.tokens]
+            count = sum(is_small(x, kept.out_features, section.dropout > 0) for x in inputs)
+            if count:
+                yield (
+                    f"Dropout {section.dropout:g}: in {count} of {len(inputs)} batches layers {kept.in_features} to "
+                    f"{kept.out_features}, but for those that share their input, were too small for a CPU to gain, and "
+                    "left to eager PyTorch."
+                )
 
 
 def _named(route: str) -> str:
