@@ -99,7 +99,9 @@ def route_lines(result: Result) -> list[str]:
     routes = sorted({use.route for *_, use in uses})
     if len(routes) == 1:
         who = " and of ".join(result.sections[0].routes)
-        lines = [f"Route {_named(routes[0])} served every adapted layer of {who}, forward and backward."]
+        lines = [
+            f"Route {_named(routes[0])} served every adapted layer of {who} in the largest batch, forward and backward."
+        ]
     else:
         lines = [
             f"{name}, dropout {dropout:g}, {use.direction}, {use.calls} layers {use.in_features} to "
