@@ -115,10 +115,10 @@ def route_lines(result: Result) -> list[str]:
 
 def _small_lines(result: Result) -> Iterator[str]:
     """Which layers were left to eager PyTorch in small batches."""
-    like = torch.empty(0, device=result.device, dtype=result.dtype)
+    element = torch.empty(1, 1, device=result.device, dtype=result.dtype)
     for section in result.sections:
         for kept in section.kept:
-            inputs = [like.new_empty(tokens, kept.in_features) for tokens in section.tokens]
+            inputs = [element.expand(tokens, kept.in_features) for tokens in section.tokens]
             count = sum(is_small(x, kept.out_features, section.dropout > 0) for x in inputs)
             if count:
                 yield (
