@@ -248,7 +248,7 @@ def _versions(branch: Branch) -> tuple[int | None, ...]:
 
 def _is_traced(x: Tensor) -> bool:
     """Compilers and dispatch modes are to see the layers one by one."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return True
     return torch._C._are_functorch_transforms_active() or x.is_meta or type(x) not in (Tensor, nn.Parameter)
 

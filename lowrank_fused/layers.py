@@ -160,7 +160,8 @@ class LowRankLinear(nn.Module):
     @property
     def generated(self) -> tuple[Tensor, ...]:
         """What the method generates from its tensors and the weight; see `Generated` for when."""
-        assert self._generated is not None, f"method {self.method.name!r} generates nothing"
+        if self._generated is None:
+            raise AttributeError(f"method {self.method.name!r} generates nothing")
         return self._generated(*(getattr(self, name) for name in self._sources()), self.weight)
 
     def _sources(self) -> tuple[str, ...]:

@@ -217,6 +217,17 @@ def test_hooks_of_the_linear_keep_firing_and_can_be_removed():
     assert len(seen) == 3
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+def test_is_open_to_those_that_ask_every_attribute(method):
+    """As torch.jit does: of a property that has no value here, too."""
+    _, layer = make(method)
+    assert all(hasattr(layer, name) or name == "generated" for name in dir(layer))
+    assert hasattr(layer, "generated") == (method == "dora")
+    x = torch.randn(M, K)
+    assert torch.equal(torch.jit.trace(layer, x, check_trace=False)(x), layer(x))
+
+
 def test_moves_and_casts_with_the_model():
     model = nn.Sequential(make("loldu")[1], make("lora", init_lora_weights="olora")[1]).to(torch.bfloat16)
     assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {torch.bfloat16}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -194,6 +195,23 @@ def test_large_calls_and_named_routes_are_fused():
     _, named = in_peft(r=R, route="addmm")
     named(torch.ones(5, K))
     assert paths(named) == {("fused", ""): 3}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_what_torch_jit_traces_is_pefts_own_without_a_warning(p):
+    """Sizes are tensors there, so that comparing them warns."""
+    _, ours = in_peft(r=R, lora_dropout=p)
+    x = torch.ones(5, K)
+    for _ in range(2):  # the group forms
+        ours(x).sum().backward()
+        torch.optim.SGD(ours.parameters(), 0.0).step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(ours, x, check_trace=False)
+    torch.manual_seed(1)
+    y = traced(x)
+    torch.manual_seed(1)
+    assert torch.equal(y, ours(x))
 
 
 def test_dropout_lowers_the_limit_while_it_is_on():

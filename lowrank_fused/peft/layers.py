@@ -300,7 +300,7 @@ def _is_small(layer: Any, x: Tensor) -> bool:
 
     Dropout lowers the limit, and what needs the base weight has PEFT go through all of it in every call.
     """
-    if not x.is_cpu:
+    if not x.is_cpu or torch.jit.is_tracing():
         return False
     reader, active, times_x = layer.reader, _active(layer), state_of(layer).times_x
     with_dropout = x.numel() * small.WITH_DROPOUT * times_x

@@ -37,8 +37,8 @@ LIMIT = _limit()
 
 
 def is_small(x: Tensor, n: int, drops: bool) -> bool:
-    """Whether eager is fastest for x [..., K] and y [..., N]: on a CPU, and below the limit."""
-    if not x.is_cpu or type(x) not in (Tensor, torch.nn.Parameter):
+    """Whether eager is fastest for x [..., K] and y [..., N]: on a CPU, below the limit, of sizes that are numbers."""
+    if not x.is_cpu or type(x) not in (Tensor, torch.nn.Parameter) or torch.jit.is_tracing():
         return False
     k = x.shape[-1]
     return x.numel() * (k + n) * (WITH_DROPOUT if drops else x.element_size()) < k * LIMIT
