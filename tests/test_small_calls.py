@@ -197,23 +197,6 @@ def test_large_calls_and_named_routes_are_fused():
     assert paths(named) == {("fused", ""): 3}
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_what_torch_jit_traces_is_pefts_own_without_a_warning(p):
-    """Sizes are tensors there, so that comparing them warns."""
-    _, ours = in_peft(r=R, lora_dropout=p)
-    x = torch.ones(5, K)
-    for _ in range(2):  # the group forms
-        ours(x).sum().backward()
-        torch.optim.SGD(ours.parameters(), 0.0).step()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", torch.jit.TracerWarning)
-        traced = torch.jit.trace(ours, x, check_trace=False)
-    torch.manual_seed(1)
-    y = traced(x)
-    torch.manual_seed(1)
-    assert torch.equal(y, ours(x))
-
-
 def test_dropout_lowers_the_limit_while_it_is_on():
     _, ours = in_peft(r=R, lora_dropout=0.1)
     x = torch.ones(2 * LIMIT // (3 * 4 * (K + N)), K)  # two thirds of the limit for k and v, more than all for q
@@ -249,21 +232,58 @@ def test_a_cpu_evaluates_light_factors_in_every_call(config, settings):
     assert not any(state_of(layer).generated for layer in ours.base_model.model.children())
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_groups_are_for_calls_that_gain(native):
-    """What all members have to compute decides, so that no result is left waiting for a member that needs none."""
+SHARING = LIMIT // (4 * (K + 10 * N))  # tokens that are all of the limit for the group, a sixth of it for k
+
+
+def grouped(native: bool, **settings: Any) -> tuple[nn.Module, Any]:
+    """A model whose layers share x from the second step on, and their group."""
     if native:
         model = lf.inject(Attention(), target_modules=["q_proj", "k_proj", "v_proj"], rank=R)
         lf.group(model)
-        parent = model
-    else:
-        model = in_peft(r=R)[1]
-        parent = model.base_model.model
-    group = group_of(parent.q_proj)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    large = LIMIT // (4 * (K + 10 * N))  # all of the limit for the group, a sixth of it for k
-    for tokens, shared in ((large, 0), (large, 1), (4, 1), (large, 2)):
-        optimizer.zero_grad()
-        model(torch.ones(tokens, K)).sum().backward()
-        optimizer.step()
+        return model, group_of(model.q_proj)
+    model = in_peft(r=R, **settings)[1]
+    return model, group_of(model.base_model.model.q_proj)
+
+
+def step(model: nn.Module, tokens: int) -> None:
+    model.zero_grad()
+    model(torch.ones(tokens, K)).sum().backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0).step()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_groups_are_for_calls_that_gain(native):
+    """What all members have to compute decides, so that no result is left waiting for a member that needs none."""
+    model, group = grouped(native)
+    for tokens, shared in ((SHARING, 0), (SHARING, 1), (4, 1), (SHARING, 2)):
+        step(model, tokens)
         assert (group.shared, group.wasted) == (shared, 0)
+
+
+def test_torch_jit_traces_native_layers_one_by_one():
+    model, group = grouped(True)
+    for _ in range(2):
+        step(model, SHARING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, torch.ones(5, K), check_trace=False)
+    x = torch.randn(7, K)
+    assert torch.equal(traced(x), model(x))
+    assert (group.shared, group.wasted) == (1, 0)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_torch_jit_traces_pefts_own_without_a_warning(p):
+    """Sizes are tensors there, so that comparing them warns."""
+    model, group = grouped(False, lora_dropout=p)
+    for _ in range(2):
+        step(model, SHARING)
+    x = torch.ones(5, K)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, x, check_trace=False)
+    torch.manual_seed(1)
+    y = traced(x)
+    torch.manual_seed(1)
+    assert torch.equal(y, model(x))
+    assert (group.shared, group.wasted) == (1, 0)
