@@ -18,6 +18,7 @@ from .operands import (
     check_dropout,
     check_dtypes,
     check_factors,
+    check_input,
     core_tensor,
     guarded,
     mask_source,
@@ -115,6 +116,7 @@ def lowrank_add(
     for the memory of x. Everything else is as in `lowrank_linear`, and so is what is kept for backward.
     """
     kind, middle = core_kind(core), core_tensor(core)
+    check_input(x)
     if y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"y must have a row for each of x's, got y {list(y.shape)} and x {list(x.shape)}")
     if inplace and y.is_leaf and y.requires_grad and torch.is_grad_enabled():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operands import check_dropout, check_dtypes, check_factors, guarded, mask_source, rows_of
+from .operands import check_dropout, check_dtypes, check_factors, check_input, guarded, mask_source, rows_of
 from .routes import MAX_THIN_RANK, choose_for_group, group_implementation
 from .routes.problem import GroupGrads, GroupOptions, Saved
 from .routes.rows import readable
@@ -129,6 +129,7 @@ def lowrank_group(
 
     Raises ValueError, TypeError and UnsupportedError as `lowrank_linear`.
     """
+    check_input(x)
     for branch in branches:
         n = branch.weight.shape[0]
         others = {"bias": branch.bias, "weight": branch.weight}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .branches import Branch, lowrank_group, too_small_to_share, why_not_one_pass
 from .factors.generated import Steps
+from .plain import why_not_plain
 
 __all__ = ["GROUP", "NAMES", "Call", "Group", "GroupReport", "group", "group_of", "ungroup"]
 
@@ -248,9 +249,9 @@ def _versions(branch: Branch) -> tuple[int | None, ...]:
 
 def _is_traced(x: Tensor) -> bool:
     """Compilers and dispatch modes are to see the layers one by one."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
-    return torch._C._are_functorch_transforms_active() or x.is_meta or type(x) not in (Tensor, nn.Parameter)
+    return torch._C._are_functorch_transforms_active() or why_not_plain(x) is not None or x.is_meta
 
 
 def group_of(layer: nn.Module) -> Group | None:

@@ -21,6 +21,7 @@ from .operands import (
     check_dropout,
     check_dtypes,
     check_factors,
+    check_input,
     core_tensor,
     guarded,
     mask_source,
@@ -135,6 +136,7 @@ def lowrank_linear(
         LaunchError: a kernel that failed, if there is a label to name it by.
     """
     kind, middle = core_kind(core), core_tensor(core)
+    check_input(x)
     _check(x, weight)
     check_dropout(dropout_p)
     shape = (weight.shape[0], weight.shape[1])

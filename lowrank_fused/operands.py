@@ -12,6 +12,7 @@ from . import ops
 from .dropout import draw_seed, pack_any
 from .errors import UnsupportedError, failure_of
 from .flat_gradient import place_of
+from .plain import why_not_plain
 from .routes import choose, unavailable
 from .routes.problem import NOWHERE, Grads, Into, Options, Saved
 from .routes.small import is_small
@@ -22,6 +23,7 @@ __all__ = [
     "check_dropout",
     "check_dtypes",
     "check_factors",
+    "check_input",
     "core_tensor",
     "guarded",
     "mask_source",
@@ -58,6 +60,12 @@ def rows_of(x: Tensor) -> Tensor:
 def core_tensor(core: Core) -> Tensor | None:
     """The core as operators take it; a gate has one row per token."""
     return rows_of(core.g) if isinstance(core, Gate) else core
+
+
+def check_input(x: Tensor) -> None:
+    """A tensor with a shape. Of other classes and layouts the operators say themselves what they can't do."""
+    if not isinstance(x, Tensor) or x.is_nested:
+        raise TypeError(f"x must be an ordinary tensor, not {why_not_plain(x)}")
 
 
 def check_dropout(dropout_p: float) -> None:

@@ -165,6 +165,8 @@ def test_a_scale_may_be_a_tensor():
 
 def test_bad_operands_are_refused():
     o = Operands.random(5, 6, 7, 2)
+    with pytest.raises(TypeError, match="x must be an ordinary tensor, not a list"):
+        lowrank_add(torch.zeros(5, 6), o.x.tolist(), o.a, o.b)
     with pytest.raises(ValueError, match="y must have a row for each of x's"):
         lowrank_add(torch.zeros(4, 6), o.x, o.a, o.b)
     with pytest.raises(ValueError, match=r"b must be \[out_features, rank\] = \[9, rank\]"):

@@ -248,6 +248,8 @@ def test_under_autocast_the_factors_are_rounded_once(device):
 def test_bad_input_is_told(device):
     x, _ = inputs(device, torch.float32, 4)
     group = branches(device, torch.float32)
+    with pytest.raises(TypeError, match="x must be an ordinary tensor, not a list"):
+        lowrank_group(x.tolist(), group)
     with pytest.raises(ValueError, match="serves single linears"):
         lowrank_group(x, group, route="reference")
     with pytest.raises(ValueError, match="must end in in_features"):

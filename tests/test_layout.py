@@ -23,7 +23,18 @@ SOURCES = sorted(f for folder in ("kernels", PACKAGE, "bench", "tests") for f in
 # "modules": what users build adapters with. Tools are for people at a terminal and for tests; nothing else
 # leans on them.
 GROUPS = {
-    "ground": {"dropout", "errors", "flat_gradient", "library", "peft_format", "registry", "target", "terms", "tiled"},
+    "ground": {
+        "dropout",
+        "errors",
+        "flat_gradient",
+        "library",
+        "peft_format",
+        "plain",
+        "registry",
+        "target",
+        "terms",
+        "tiled",
+    },
     "kernels": {"kernels"},
     "routes": {"routes"},
     "engine": {"add", "branches", "linear", "operands", "ops"},

@@ -403,6 +403,7 @@ def test_does_not_write_into_its_inputs():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        (dict(x=[1.0] * 16), TypeError, "x must be an ordinary tensor, not a list"),
         (dict(x=torch.randn(3, 15)), ValueError, r"x must end in in_features = 16"),
         (dict(a=torch.randn(16, 3)), ValueError, r"\[rank, 16\], got \[16, 3\]; did you pass its transpose"),
         (dict(b=torch.randn(3, 10)), ValueError, r"\[10, rank\], got \[3, 10\]; did you pass its transpose"),

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 import lowrank_fused as lf
 from lowrank_fused.peft.layers import STATE, Accelerated
 from lowrank_fused.peft.readers import unilora, vblora
+from lowrank_fused.routes import small
 from lowrank_fused.tools.tiny_models import logits, tiny_model
 from lowrank_fused.tools.twins import Twins, move
 
@@ -297,6 +298,43 @@ def test_inputs_of_any_shape(shape, method):
 def test_inputs_of_a_dtype_that_does_not_fit(dtype):
     twins = Twins(wearing())
     twins.do(lambda model: peft_layers(model)[0](torch.ones(3, 32).to(dtype)), raises=RuntimeError)
+
+
+def dense(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+ODD: dict[str, Callable[[], Any]] = {
+    "sparse": lambda: dense((3, 32)).to_sparse(),
+    "compressed": lambda: dense((3, 32)).to_sparse_csr(),
+    "mkldnn": lambda: dense((3, 32)).to_mkldnn(),
+    "nested": lambda: torch.nested.nested_tensor([dense((3, 32)), dense((2, 32))]),
+    "jagged": lambda: torch.nested.nested_tensor([dense((3, 32)), dense((2, 32))], layout=torch.jagged),
+    "NumPy": lambda: dense((3, 32)).numpy(),
+    "list": lambda: dense((32,)).tolist(),
+    "None": lambda: None,
+}
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_inputs_that_are_no_dense_tensors(kind, p, limit, monkeypatch):
+    """PEFT's result where there is one, PEFT's error where there is none."""
+    twins = Twins(wearing(lora_dropout=p))
+    monkeypatch.setattr(small, "LIMIT", limit)
+    x = ODD[kind]()
+
+    def call(model: nn.Module) -> Tensor:
+        y = peft_layers(model)[0](x)
+        return y.to_padded_tensor(0.0) if y.is_nested else y.to_dense() if y.is_mkldnn else y
+
+    if twins.attempt(call):
+        ours, theirs = twins.do(call)
+        assert torch.equal(ours, theirs)
+    assert not any(path.startswith("fused") for path in twins.calls())
 
 
 SURROUNDINGS: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {

@@ -260,6 +260,19 @@ def test_groups_are_for_calls_that_gain(native):
         assert (group.shared, group.wasted) == (shared, 0)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_native_groups_leave_what_is_no_dense_tensor_to_the_layers():
+    model, group = grouped(True)
+    for _ in range(2):
+        step(model, SHARING)
+    x = torch.ones(4, K)
+    torch.testing.assert_close(model.q_proj(x.to_sparse()), model.q_proj(x))
+    for refused in (x.tolist(), torch.nested.nested_tensor([x])):
+        with pytest.raises(TypeError, match="x must be an ordinary tensor"):
+            model.q_proj(refused)
+    assert (group.shared, group.wasted) == (1, 0)
+
+
 def test_torch_jit_traces_native_layers_one_by_one():
     model, group = grouped(True)
     for _ in range(2):

@@ -20,6 +20,7 @@ from ..add import lowrank_add
 from ..branches import Branch
 from ..grouping import GROUP, Call
 from ..linear import lowrank_linear
+from ..plain import PLAIN, why_not_plain
 from ..routes import GROUP_ROUTES, small
 from .parts import for_graphs, stacked
 from .readers import Base, Part, Reader, child_of, layer_classes, weight_of
@@ -32,8 +33,6 @@ STATE = "_lowrank_fused"
 # The reason of calls that `_is_small`.
 TOO_SMALL = "too small for a CPU to gain"
 _SMALL = ("original", TOO_SMALL)
-
-_PLAIN = (Tensor, nn.Parameter)
 
 # PEFT's own arguments, which it keeps from the base layer; None is their default.
 _MAY_BE_NONE = frozenset({"adapter_names", "alora_offsets"})
@@ -52,7 +51,7 @@ class Accelerated:
         if not isinstance(self, Accelerated):  # restored, but device hooks kept this bound method from before
             return type(self).forward(self, x, *args, **kwargs)
         compiling = torch.compiler.is_compiling()
-        if not compiling:
+        if not compiling and why_not_plain(x) is None:
             own = self.__dict__
             state, group = own[STATE], own.get(GROUP)
             chooses = state.settings.route == "auto"
@@ -158,8 +157,8 @@ def _why_not(
     active.extend(_active(layer))
     if not active:
         return "no active adapter in this layer"
-    if type(x) not in _PLAIN:
-        return f"input is a {type(x).__name__}"
+    if what := why_not_plain(x):
+        return f"input is {what}"
     shape = x.shape
     if len(shape) < 2 or shape[-1] != layer.in_features:
         return "input is no matrix, or one of another width"
@@ -216,7 +215,7 @@ def _why_not_now(layer: Any, adapter: str, x: Tensor) -> str | None:
             return f"the adapter holds a {kind.__name__}"
     tensors, device = reader.tensors(layer, adapter), x.device
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or tensor.dim() == 0 or _is_freed(tensor):
+        if type(tensor) not in PLAIN or tensor.dim() == 0 or _is_freed(tensor):
             return "the adapter's tensors are sharded"
         if tensor.device != device and tensor.requires_grad:
             return "input and adapter are on different devices"
@@ -265,7 +264,7 @@ def base_is_ours(layer: Any) -> bool:
     if (type(linear) is not nn.Linear and not is_conv1d(linear)) or _is_hooked(linear):
         return False
     weight = weight_of(linear)
-    whole = type(weight) in _PLAIN and weight.dim() == 2 and not _is_freed(weight)
+    whole = type(weight) in PLAIN and weight.dim() == 2 and not _is_freed(weight)
     return whole and weight.is_floating_point() and not weight.requires_grad
 
 
@@ -300,7 +299,7 @@ def _is_small(layer: Any, x: Tensor) -> bool:
 
     Dropout lowers the limit, and what needs the base weight has PEFT go through all of it in every call.
     """
-    if not x.is_cpu or torch.jit.is_tracing():
+    if not x.is_cpu:
         return False
     reader, active, times_x = layer.reader, _active(layer), state_of(layer).times_x
     with_dropout = x.numel() * small.WITH_DROPOUT * times_x
@@ -364,7 +363,7 @@ def _is_nobody_elses(y: Tensor, linear: nn.Module) -> bool:
 
     A class that we don't know may keep it, or have a backward that looks at it. No compiler needs the answer.
     """
-    if torch.compiler.is_compiling() or type(y) not in _PLAIN or _is_hooked(linear):
+    if torch.compiler.is_compiling() or type(y) not in PLAIN or _is_hooked(linear):
         return False
     known = type(linear) is nn.Linear or is_conv1d(linear)
     return known or type(linear).__module__.partition(".")[0] in _GIVES_AWAY

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..plain import why_not_plain
 from .cores import core_forward
 
 __all__ = ["ENVIRONMENT", "WITH_DROPOUT", "eager", "is_small", "without_eager"]
@@ -37,8 +38,8 @@ LIMIT = _limit()
 
 
 def is_small(x: Tensor, n: int, drops: bool) -> bool:
-    """Whether eager is fastest for x [..., K] and y [..., N]: on a CPU, below the limit, of sizes that are numbers."""
-    if not x.is_cpu or type(x) not in (Tensor, torch.nn.Parameter) or torch.jit.is_tracing():
+    """Whether eager is fastest for x [..., K] and y [..., N]: on a CPU, and below the limit."""
+    if why_not_plain(x) is not None or not x.is_cpu:
         return False
     k = x.shape[-1]
     return x.numel() * (k + n) * (WITH_DROPOUT if drops else x.element_size()) < k * LIMIT
