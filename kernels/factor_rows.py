@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .tile import cast
 
-__all__ = ["MOST", "as_rows", "copy_rows", "row_arguments", "row_pointers"]
+__all__ = ["MOST", "as_rows", "copy_rows", "row_arguments", "row_pointers", "several"]
 
 # Factors that `row_pointers` joins.
 MOST = 3
@@ -46,11 +46,16 @@ def copy_rows(b_ptr, b2_ptr, b3_ptr, n2, n3, rows_ptr, N, RV, stride, BLOCK: tl.
         tl.store(rows_ptr + offs, cast(b, rows_ptr.dtype.element_ty), mask=mask)
 
 
+def several(a: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Each of them, also if it is one alone."""
+    return (a,) if isinstance(a, Tensor) else tuple(a)
+
+
 def as_rows(a: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The factors [Rᵢ, K], of one dtype, as kernels can read them: joined by a copy if there are too many, or if their
     elements lie in different steps.
     """
-    factors = (a,) if isinstance(a, Tensor) else tuple(a)
+    factors = several(a)
     if len(factors) <= MOST and len({factor.stride() for factor in factors}) == 1:
         return factors
     return (torch.cat(factors),)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import draw_bits, keep_scale, lane_threshold, spread_bits
-from .factor_rows import as_rows, copy_rows, row_arguments, row_pointers
+from .factor_rows import as_rows, copy_rows, row_arguments, row_pointers, several
 from .launch import Launch, Tile, arch_of, cdiv, shared_bytes, sm_count, zeroed_counters
 from .measured import Tuned, tuned_tile
 from .tables import bucket
@@ -332,7 +332,7 @@ def shrink(
         if copy is None:
             v = torch.empty((M, RV), dtype=x.dtype, device=x.device)
         else:
-            pieces, step = len(_several(copy[0])), copy[1].stride(0)
+            pieces, step = len(several(copy[0])), copy[1].stride(0)
             v = torch.empty((M, pieces * step), dtype=x.dtype, device=x.device)
             v = v if pieces > 1 else v[:, :RV]
     mask = x.new_empty(0, dtype=torch.uint8)
@@ -347,12 +347,8 @@ def shrink(
         assert core is not None
         v = torch.mm(s, core.t().to(s.dtype)).mul_(scale)
         if copy is not None:
-            copy[1].copy_(torch.cat(_several(copy[0])))
+            copy[1].copy_(torch.cat(several(copy[0])))
     return s, v, mask
-
-
-def _several(b: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return (b,) if isinstance(b, Tensor) else tuple(b)
 
 
 def launch_shrink(
@@ -379,7 +375,7 @@ def launch_shrink(
     a as `as_rows` returns it. v and t may be some columns of wider matrices. At most `split` programs share the
     columns of a block of x. `copy` as `shrink` has it, rows with v's stride or, of several b's, a share of it.
     """
-    b = () if copy is None else tuple(factor.contiguous() for factor in _several(copy[0]))
+    b = () if copy is None else tuple(factor.contiguous() for factor in several(copy[0]))
     rows = None if copy is None else copy[1]
     (M, K), R = x.shape, sum(factor.shape[0] for factor in a)
     row_blocks, rank_blocks = cdiv(M, tile.block_m), cdiv(R, tile.block_r)

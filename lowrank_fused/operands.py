@@ -149,13 +149,11 @@ def routes_for(
         return route, route
     if torch.compiler.is_compiling():
         return "auto", "auto"  # one graph serves any number of tokens; operators choose when it runs
-    target = target_of(x.device)
     n, k = shape
-    if not target.has_triton:
-        route = "eager" if own_mask and is_small(x, n, dropout_p > 0) else "addmm"
-        return route, route
+    if own_mask and x.is_cpu and is_small(x, n, dropout_p > 0):
+        return "eager", "eager"
     m = x.numel() // k if k else 0
-    sizes = (m, n, k, a.shape[0], x.dtype, dropout_p > 0, target)
+    sizes = (m, n, k, a.shape[0], x.dtype, dropout_p > 0, target_of(x.device))
     return choose("forward", *sizes), choose("backward", *sizes)
 
 
