@@ -68,7 +68,9 @@ class LowRankGroupFunction(torch.autograd.Function):
         x, s, mask, *operands = ctx.saved_tensors
         count = len(given)
         weights, a, b = operands[:count], operands[count : 2 * count], operands[2 * count :]
-        dy = next(dy for dy in given if dy is not None)
+        dy = next((dy for dy in given if dy is not None), None)
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         dys = _all_rows(given, dy, weights)
         run = group_implementation(ctx.route, dys[0]).group_backward
         grads: GroupGrads = guarded(

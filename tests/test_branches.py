@@ -139,6 +139,25 @@ def test_a_result_that_the_loss_ignores_gets_no_gradient(route, device):
         torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, rtol=1e-4, atol=1e-4)
 
 
+class NoGradient(torch.autograd.Function):
+    """Something that has no gradient to give, which is not the same as zeros."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+def test_no_gradient_at_all_stays_none(device):
+    x, _ = inputs(device, torch.float32, 6)
+    group = branches(device, torch.float32)
+    sum(NoGradient.apply(y).sum() for y in lowrank_group(x, group, scale=SCALE)).backward()
+    assert all(leaf.grad is None for leaf in leaves(x, group))
+
+
 def test_a_mask_that_nobody_needs_again_is_not_kept(device):
     x, _ = inputs(device, torch.float32, 18)
     group = branches(device, torch.float32)

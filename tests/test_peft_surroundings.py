@@ -300,6 +300,14 @@ def test_inputs_of_a_dtype_that_does_not_fit(dtype):
     twins.do(lambda model: peft_layers(model)[0](torch.ones(3, 32).to(dtype)), raises=RuntimeError)
 
 
+def test_layers_in_complex_numbers():
+    twins = Twins(wearing(lora_dropout=0.0))
+    twins.each(lambda model: peft_layers(model)[0].to(torch.complex64))
+    ours, theirs = twins.do(lambda model: peft_layers(model)[0](dense((3, 32)) * (1 + 2j)))
+    assert torch.equal(ours, theirs)
+    assert twins.calls() == {"original: input is torch.complex64": 1}
+
+
 def dense(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 

@@ -158,6 +158,8 @@ def _why_not(
         return "no active adapter in this layer"
     if what := why_not_plain(x):
         return f"input is {what}"
+    if not x.is_floating_point():
+        return f"input is {x.dtype}"
     shape = x.shape
     if len(shape) < 2 or shape[-1] != layer.in_features:
         return "input is no matrix, or one of another width"
